@@ -1,0 +1,46 @@
+"""The demo: DP-Cap on `scenes` at epsilon 8, in minutes on two CPU cores."""
+
+from dpcap import config as config_lib
+from dpcap import data
+
+
+def get_config():
+  """Runs as `make demo` does."""
+  config = config_lib.base_config()
+
+  config.model.size = 'demo'
+
+  # A larger N means less noise at the same epsilon, and `scenes` has any N.
+  config.data.source = config_lib.source_config('scenes', split='train', size=1_000_000)
+  config.data.image_size = 32
+  config.data.text_length = 24
+  config.data.tokenizer = 'wordpiece'
+  config.data.vocabulary = data.SCENES_VOCABULARY  # the words of the grammar, from no data
+  # Captions tell left from right and name every object: neither mirror nor crop.
+  config.data.crop_scale = None
+  config.data.flip = False
+
+  config.privacy.epsilon = 8.0
+  config.privacy.expected_batch_size = 4096
+  config.privacy.clip_norm = 1.0
+
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.warmup_steps = 10
+  config.train.steps = 120
+  config.train.checkpoint_every = 40
+  config.train.log_every = 5
+  config.mesh.physical_batch = 32
+  config.mesh.batches_per_chunk = 8
+
+  train = config_lib.source_config('scenes', split='validation', size=10_000)
+  test = config_lib.source_config('scenes', split='test', size=5_000)
+  for name, features in (
+      ('private_features', 'model'),
+      ('untrained_encoder', 'untrained'),
+      ('raw_pixels', 'pixels'),
+  ):
+    config.evals[name] = config_lib.evaluator_config(
+        'linear_probe', train=train, test=test, features=features
+    )
+  config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
+  return config

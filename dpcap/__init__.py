@@ -1,0 +1,1 @@
+"""dpcap: differentially private representation learning by image captioning, in JAX."""

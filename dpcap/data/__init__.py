@@ -1,0 +1,54 @@
+"""Where examples come from: sources, image operations, text, the batch pipeline."""
+
+from dpcap.data.image import normalize
+from dpcap.data.pipeline import EvaluationBatches
+from dpcap.data.pipeline import Examples
+from dpcap.data.pipeline import iterate
+from dpcap.data.pipeline import LogicalBatches
+from dpcap.data.pipeline import Transform
+from dpcap.data.scenes import LABELS as SCENE_LABELS
+from dpcap.data.scenes import Scenes
+from dpcap.data.scenes import VOCABULARY_FILE as SCENES_VOCABULARY
+from dpcap.data.source import Source
+from dpcap.data.tar_shards import TarShards
+from dpcap.data.text import make_tokenizer
+from dpcap.data.text import Tokenizer
+from dpcap.data.text import TOKENIZERS
+from dpcap.data.tfds_source import TfdsSource
+
+__all__ = [
+    'EvaluationBatches',
+    'Examples',
+    'LogicalBatches',
+    'SCENE_LABELS',
+    'SCENES_VOCABULARY',
+    'Scenes',
+    'Source',
+    'TOKENIZERS',
+    'TarShards',
+    'TfdsSource',
+    'Tokenizer',
+    'Transform',
+    'iterate',
+    'make_source',
+    'make_tokenizer',
+    'normalize',
+]
+
+
+def make_source(name: str, image_size: int, **options) -> Source:
+  """The source of that name.
+
+  Args:
+    name: 'scenes', 'tar_shards' or 'tfds'.
+    image_size: side in pixels, for sources that draw their images.
+    **options: the source's own arguments.
+
+  Raises:
+    UserError: if the source refuses its arguments or its files.
+  """
+  if name == 'scenes':
+    return Scenes(image_size=image_size, **options)
+  if name == 'tfds':
+    return TfdsSource(**options)
+  return TarShards(**options)

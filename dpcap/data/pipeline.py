@@ -1,0 +1,240 @@
+"""From drawn indices to masked physical batches, in worker processes.
+
+A logical batch is what one step draws; its size varies. It is cut into physical batches
+of a fixed size, the last one padded and masked, and physical batches travel in chunks.
+The pipeline is one Grain MapDataset whose element e is a function of e alone, so that
+order does not depend on the number of workers and a run resumes at any step by seeking.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import math
+from typing import NamedTuple
+
+from absl import flags
+import grain
+import numpy as np
+
+from dpcap.data import image as image_ops
+from dpcap.data.source import BadRecord
+from dpcap.data.source import Source
+from dpcap.data.source import check_caption
+from dpcap.data.text import Tokenizer
+
+# Bad records whose reason a chunk carries along; the count is always whole.
+_REASONS_KEPT = 3
+
+
+class Examples(NamedTuple):
+  """What the model is trained on, with any leading axes.
+
+  Attributes:
+    image: uint8 (..., H, W, 3); normalised on the device.
+    tokens: int32 (..., text_length).
+  """
+
+  image: np.ndarray
+  tokens: np.ndarray
+
+
+class Chunk(NamedTuple):
+  """Some physical batches of one logical batch.
+
+  Attributes:
+    examples: leading axes (batches, physical_batch).
+    mask: bool (batches, physical_batch); False is padding or a bad record.
+    live: how many of the physical batches hold any example; the rest is all padding.
+    drawn: how many indices the chunk stands for, good and bad.
+    bad: how many of them are bad records.
+    reasons: 'record INDEX: why' of the first few bad ones.
+  """
+
+  examples: Examples
+  mask: np.ndarray
+  live: int
+  drawn: int
+  bad: int
+  reasons: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """How a record becomes an example.
+
+  Attributes:
+    image_size: side of the square image in pixels.
+    text_length: tokens, with [CLS], [SEP] and padding.
+    tokenizer: see `Tokenizer`.
+    crop_scale: range of the area of a RandomResizedCrop, or None for the deterministic
+      view that evaluation takes (an image that has the right size already stays as it is).
+    flip: whether to mirror at random.
+  """
+
+  image_size: int
+  text_length: int
+  tokenizer: Tokenizer
+  crop_scale: tuple[float, float] | None = None
+  flip: bool = False
+
+  def __call__(self, record, rng: np.random.Generator) -> Examples:
+    """One example, without leading axes.
+
+    Raises:
+      BadRecord: if the image cannot be decoded, or there is no usable caption.
+    """
+    tokens = self.tokenizer.encode(check_caption(record['caption']), self.text_length)
+    return Examples(self.view(record['image'], rng), tokens)
+
+  def view(self, image: bytes | np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """The image as uint8 (image_size, image_size, 3).
+
+    Raises:
+      BadRecord: if the image cannot be decoded.
+    """
+    size = self.image_size
+    if self.crop_scale is not None:
+      least_crop = size / math.sqrt(self.crop_scale[0])
+      array = image_ops.random_resized_crop(
+          image_ops.decode(image, math.ceil(least_crop)), size, rng, self.crop_scale
+      )
+    elif isinstance(image, np.ndarray) and image.shape == (size, size, 3):
+      array = image
+    else:
+      array = image_ops.resize_center_crop(image_ops.decode(image), size)
+    return image_ops.random_flip(array, rng) if self.flip else array
+
+
+@dataclasses.dataclass(frozen=True)
+class LogicalBatches:
+  """Random access to all chunks of a run, in order: what Grain reads from.
+
+  Element `step * slots + s` is a list of chunks: one for the slots that the draw of that
+  step fills, none for those that it leaves empty, and in the last slot all that is left
+  however unlucky the draw, so that no example is ever dropped.
+
+  Attributes:
+    source: where records come from.
+    transform: how they become examples.
+    draw: step -> ascending indices of the logical batch.
+    augmentation_rng: (step, index) -> the generator that augments it.
+    steps: of the whole run.
+    expected_batch_size: mean length of a draw.
+    physical_batch: examples per physical batch.
+    batches_per_chunk: physical batches per chunk.
+  """
+
+  source: Source
+  transform: Transform
+  draw: Callable[[int], np.ndarray]
+  augmentation_rng: Callable[[int, int], np.random.Generator]
+  steps: int
+  expected_batch_size: int
+  physical_batch: int
+  batches_per_chunk: int
+
+  @property
+  def chunk_size(self) -> int:
+    """Examples per chunk."""
+    return self.physical_batch * self.batches_per_chunk
+
+  @property
+  def slots(self) -> int:
+    """Elements per step: enough for a draw six standard deviations above the mean."""
+    b = self.expected_batch_size
+    return math.ceil((b + 6 * math.sqrt(b)) / self.chunk_size)
+
+  def __len__(self) -> int:
+    return self.steps * self.slots
+
+  def __getitem__(self, element: int) -> list[Chunk]:
+    step, slot = divmod(int(element), self.slots)
+    indices = self.draw(step)
+    first = slot * self.chunk_size
+    stop = first + self.chunk_size if slot < self.slots - 1 else len(indices)
+    return [
+        self._chunk(step, indices[i : min(i + self.chunk_size, stop)])
+        for i in range(first, min(stop, len(indices)), self.chunk_size)
+    ]
+
+  def _chunk(self, step: int, indices: np.ndarray) -> Chunk:
+    size, length = self.transform.image_size, self.transform.text_length
+    images = np.zeros((self.chunk_size, size, size, 3), np.uint8)
+    tokens = np.zeros((self.chunk_size, length), np.int32)
+    mask = np.zeros(self.chunk_size, bool)
+    reasons = []
+    for i, index in enumerate(indices):
+      try:
+        record = self.source[int(index)]
+        images[i], tokens[i] = self.transform(record, self.augmentation_rng(step, int(index)))
+        mask[i] = True
+      except BadRecord as bad:
+        reasons.append(f'record {index}: {bad}')
+    shape = (self.batches_per_chunk, self.physical_batch)
+    return Chunk(
+        examples=Examples(
+            images.reshape(*shape, size, size, 3), tokens.reshape(*shape, length)
+        ),
+        mask=mask.reshape(shape),
+        live=math.ceil(len(indices) / self.physical_batch),
+        drawn=len(indices),
+        bad=len(reasons),
+        reasons=reasons[:_REASONS_KEPT],
+    )
+
+
+def iterate(data, start: int, workers: int, buffer: int = 2) -> Iterator:
+  """Elements `start`, `start + 1`, ... of a random-access `data`, loaded ahead.
+
+  Args:
+    data: anything with a length and items, as LogicalBatches.
+    start: the first element.
+    workers: processes that load; 0 loads in threads of this process.
+    buffer: elements that each worker holds ready.
+  """
+  dataset = grain.MapDataset.source(data)[start:].to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
+  )
+  if workers:
+    # Grain reads absl flags here, also in programs that have none.
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
+    )
+  return iter(dataset)
+
+
+class LabelledImages(NamedTuple):
+  """A batch to evaluate on: uint8 images (B, H, W, 3), labels (B,), -1 where unusable."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationBatches:
+  """Random access to a source in order, in batches of up to `batch_size` (for `iterate`).
+
+  An image that cannot be decoded has label -1 and is black.
+  """
+
+  source: Source
+  transform: Transform
+  batch_size: int
+
+  def __len__(self) -> int:
+    return math.ceil(len(self.source) / self.batch_size)
+
+  def __getitem__(self, element: int) -> LabelledImages:
+    first = int(element) * self.batch_size
+    indices = range(first, min(first + self.batch_size, len(self.source)))
+    size = self.transform.image_size
+    images = np.zeros((len(indices), size, size, 3), np.uint8)
+    labels = np.full(len(indices), -1)
+    for i, index in enumerate(indices):
+      try:
+        record = self.source[index]
+        images[i], labels[i] = self.transform.view(record['image']), record['label']
+      except BadRecord:
+        continue
+    return LabelledImages(images, labels)

@@ -1,0 +1,77 @@
+"""Where examples come from: the interface that every source of image-text pairs has.
+
+A source is random access, so that Poisson sampling is exact and costs nothing for the
+examples that were not drawn. Its length is part of the privacy statement (q = expected
+batch / N): it is fixed when the source is built, and a pair that turns out to be unusable
+raises `BadRecord` when it is read instead of leaving the count.
+"""
+
+import codecs
+from typing import Protocol, TypedDict
+
+import numpy as np
+
+# Far beyond what any text length in use can hold; keeps a 1 MB caption from costing anything.
+MAX_CAPTION_CHARS = 4096
+
+
+class BadRecord(Exception):
+  """A record that was drawn but cannot be used; the message is the reason.
+
+  It still counts as drawn and contributes zero to the sum of gradients.
+  """
+
+
+class Record(TypedDict):
+  """One image-text pair as it lies in the source, nothing decoded or checked yet."""
+
+  image: bytes | np.ndarray  # an encoded image file, or uint8 of shape (H, W, 3)
+  caption: str | bytes | None
+  label: int  # an index into the source's class_names; -1: none
+
+
+class Source(Protocol):
+  """A fixed number of records by index.
+
+  A source can be pickled: each worker process gets a copy and opens files there, on first use.
+
+  Attributes:
+    class_names: the name of each label, empty where the source has no labels.
+  """
+
+  class_names: tuple[str, ...]
+
+  def __len__(self) -> int:
+    """The number of records, good and bad: the N of the privacy statement."""
+
+  def __getitem__(self, index: int) -> Record:
+    """Reads one record.
+
+    Raises:
+      BadRecord: the record is damaged.
+      IndexError: the index is not in [0, len(self)).
+    """
+
+
+def check_caption(caption: str | bytes | None) -> str:
+  """Returns the caption as a stripped string of at most `MAX_CAPTION_CHARS` characters.
+
+  Raises:
+    BadRecord: there is no caption, it is blank, or it is not UTF-8.
+  """
+  if caption is None:
+    raise BadRecord('no caption')
+  try:
+    if isinstance(caption, bytes):
+      # The cut may fall inside a character: the incremental decoder leaves that one out.
+      cut = caption[: 4 * MAX_CAPTION_CHARS]
+      caption = codecs.getincrementaldecoder('utf-8')().decode(cut, final=len(cut) == len(caption))
+    elif not isinstance(caption, str):
+      raise BadRecord(f'caption is {type(caption).__name__}, not text')
+    caption = caption[:MAX_CAPTION_CHARS].strip()
+    caption.encode('utf-8')  # JSON can smuggle in lone surrogates
+  except UnicodeError as error:
+    raise BadRecord(f'caption is not UTF-8: {error.reason}') from error
+  if not caption:
+    raise BadRecord('empty caption')
+  return caption

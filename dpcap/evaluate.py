@@ -1,0 +1,138 @@
+"""Evaluates a checkpoint.
+
+    python -m dpcap.evaluate --config=configs/Y.py[:argument] --workdir=DIR [--config.checkpoint=DIR]
+
+Runs what the section `evals` of the config names and writes DIR/evals/NAME.json each. The
+checkpoint is the newest of the workdir, or the one that `checkpoint` names.
+"""
+
+import functools
+import json
+import pathlib
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from dpcap import command_line
+from dpcap import data
+from dpcap import evals
+from dpcap.errors import UserError
+from dpcap.training import build
+from dpcap.training.checkpoints import Checkpoints
+from dpcap.training.optimizer import make_optimizer
+from dpcap.training.step import init_state
+
+_CONFIG = command_line.define_config()
+_WORKDIR = flags.DEFINE_string('workdir', None, 'The run; results go to its folder evals.')
+
+
+def main() -> None:
+  """Reads the config, evaluates, writes and shows the results."""
+  config = command_line.load_config(_CONFIG)
+  if not _WORKDIR.value:
+    raise UserError('--workdir is missing; give the directory of the run')
+  if not config.evals:
+    raise UserError('the config has no evals; name at least one evaluator')
+  workdir = pathlib.Path(_WORKDIR.value)
+  checkpoint = find_checkpoint(config.checkpoint, workdir)
+  subject = make_subject(config, checkpoint)
+  results = {}
+  for name, entry in config.evals.items():
+    options = entry.to_dict()
+    result = evals.EVALUATORS[options.pop('name')](subject, **options)
+    results[name] = result
+    write_result(workdir, name, result, checkpoint)
+  show(results)
+
+
+def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
+  """The checkpoint to evaluate: the one named, or the newest of the workdir.
+
+  Raises:
+    UserError: if there is none.
+  """
+  if named:
+    path = pathlib.Path(named)
+    if not path.is_dir() or not path.name.isdigit():
+      raise UserError(
+          f'checkpoint is {named}; it must be a directory such as WORKDIR/checkpoints/1000'
+      )
+    return path
+  steps = [
+      int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit()
+  ]
+  if not steps:
+    raise UserError(f'{workdir}/checkpoints: holds no checkpoint; train first')
+  return workdir / 'checkpoints' / str(max(steps))
+
+
+def make_subject(config, checkpoint: pathlib.Path) -> evals.Subject:
+  """The model of `config` with the parameters of `checkpoint`.
+
+  Raises:
+    UserError: if the checkpoint holds another model.
+  """
+  tokenizer = build.make_tokenizer(config)
+  model = build.make_model(config, tokenizer.vocab_size)
+  optimizer = make_optimizer(config.optimizer, config.train.steps)
+  fresh = init_state(
+      model, optimizer, config.data.image_size, config.data.text_length, config.train.model_seed
+  )
+  variables = Checkpoints(checkpoint.parent).restore_model(int(checkpoint.name), fresh)
+  transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer)
+  return evals.Subject(
+      model=model,
+      variables=variables,
+      untrained={'params': fresh.params, 'frozen': fresh.frozen},
+      transform=transform,
+      make_source=functools.partial(build.make_source, config),
+      workers=config.data.workers,
+  )
+
+
+def write_result(
+    workdir: pathlib.Path, name: str, result: evals.Result, checkpoint: pathlib.Path
+) -> None:
+  """Writes evals/NAME.json.
+
+  Raises:
+    UserError: if the workdir cannot be written.
+  """
+  path = workdir / 'evals' / f'{name}.json'
+  record = {
+      'name': name,
+      'metric': result.metric,
+      'value': result.value,
+      'n': result.n,
+      'checkpoint': str(checkpoint),
+      **result.details,
+  }
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + '\n')
+  except OSError as e:
+    raise UserError(f'{path}: cannot be written ({e.strerror})') from e
+
+
+def show(results: dict[str, evals.Result]) -> None:
+  """Prints one table of all results."""
+  table = Table()
+  for column, justify in (
+      ('evaluation', 'left'), ('metric', 'left'), ('value', 'right'), ('95% interval', 'right'), ('n', 'right')
+  ):
+    table.add_column(column, justify=justify)
+  for name, result in results.items():
+    interval = result.details.get('interval95')
+    table.add_row(
+        name,
+        result.metric,
+        f'{100 * result.value:.1f}%',
+        f'{100 * interval[0]:.1f} – {100 * interval[1]:.1f}' if interval else '',
+        f'{result.n:,}',
+    )
+  Console().print(table)
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,31 @@
+"""Scaled dot-product attention, shared by the encoder and the decoder."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attend(
+    q_TxD: jax.Array, k_SxD: jax.Array, v_SxD: jax.Array, *, heads: int, causal: bool
+) -> jax.Array:
+  """Multi-head attention of T queries over S keys and values; returns (..., T, D).
+
+  Any leading axes are batch axes. The D channels are `heads` contiguous groups, which is
+  how the reference implementation lays out its fused projections. With `causal`, query t
+  sees keys 0..t. There is no padding mask: in DP-Cap padding only carries no loss. The
+  softmax is taken in at least float32. Source: Vaswani et al. 2017, section 3.2.
+  """
+  split = lambda x: x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+  q_TxHxC, k_SxHxC, v_SxHxC = split(q_TxD), split(k_SxD), split(v_SxD)
+  softmax_dtype = jnp.promote_types(q_TxD.dtype, jnp.float32)
+  scores_HxTxS = jnp.einsum(
+      '...thc,...shc->...hts',
+      q_TxHxC * q_TxHxC.shape[-1] ** -0.5,
+      k_SxHxC,
+      preferred_element_type=softmax_dtype,
+  )
+  if causal:
+    seen_TxS = jnp.tri(*scores_HxTxS.shape[-2:], dtype=bool)
+    scores_HxTxS = jnp.where(seen_TxS, scores_HxTxS, jnp.finfo(softmax_dtype).min)
+  weights_HxTxS = jax.nn.softmax(scores_HxTxS, axis=-1).astype(v_SxD.dtype)
+  out_TxHxC = jnp.einsum('...hts,...shc->...thc', weights_HxTxS, v_SxHxC)
+  return out_TxHxC.reshape(q_TxD.shape)

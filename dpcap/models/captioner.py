@@ -1,0 +1,94 @@
+"""The captioner that DP-Cap trains: image -> memory -> loss of its caption.
+
+Nothing here mixes examples. Training maps `loss` over examples; evaluations call the same
+methods with leading batch axes, which give the same numbers.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpcap.models.decoder import CaptionDecoder
+from dpcap.models.positions import image_positions
+from dpcap.models.vit import Dense
+from dpcap.models.vit import ViT
+from dpcap.models.vit import frozen
+from dpcap.models.vit import patch_grid
+
+PADDING = 0  # the token id that carries no loss
+
+
+class Captioner(nn.Module):
+  """ViT encoder and autoregressive text decoder (Sander et al. 2024).
+
+  Use: `variables = model.init(key, image, tokens)`, then
+  `model.apply(variables, image, method='features')` and so on. `variables['params']` is what
+  is trained (float32), `variables['frozen']` what is not (class token, type embeddings).
+  Every method takes one example or any leading axes `...`, the same for all arguments.
+  Images are (..., H, W, 3), normalised floats; H and W multiples of `patch_size`.
+
+  Attributes:
+    vocab_size: number of token ids; id 0 is padding.
+    patch_size: side of a square patch, pixels.
+    width, depth, heads: of the encoder; width a multiple of four and of heads.
+    decoder_width, decoder_depth, decoder_heads: of the decoder, likewise.
+    dtype: compute type. Norms, softmax, features and loss use at least float32.
+  """
+
+  vocab_size: int
+  patch_size: int
+  width: int
+  depth: int
+  heads: int
+  decoder_width: int
+  decoder_depth: int
+  decoder_heads: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.encoder = ViT(self.patch_size, self.width, self.depth, self.heads, self.dtype)
+    self.memory_projection = Dense(self.decoder_width, dtype=self.dtype)
+    self.memory_type_embedding = frozen(self, 'memory_type_embedding', self.decoder_width)
+    self.decoder = CaptionDecoder(
+        self.vocab_size, self.decoder_width, self.decoder_depth, self.decoder_heads, self.dtype)
+
+  def encode(self, image_HxWx3: jax.Array) -> jax.Array:
+    """Encoder output (..., 1+P, width), after its last LayerNorm; class token first."""
+    return self.encoder(image_HxWx3)
+
+  def memory(self, image_HxWx3: jax.Array) -> jax.Array:
+    """What the decoder attends to, (..., 1+P, decoder_width)."""
+    memory_SxD = self.memory_projection(self.encode(image_HxWx3))
+    positions_SxD = image_positions(
+        *patch_grid(image_HxWx3.shape, self.patch_size), self.decoder_width)
+    return (memory_SxD + jnp.asarray(positions_SxD, memory_SxD.dtype)
+            + self.memory_type_embedding.astype(memory_SxD.dtype))
+
+  def features(self, image_HxWx3: jax.Array) -> jax.Array:
+    """Image features for probing, (..., decoder_width): the mean over the memory's tokens."""
+    return jnp.mean(_at_least_float32(self.memory(image_HxWx3)), axis=-2)
+
+  def decode(self, memory_SxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """Logits (..., T, vocab_size) of the token after each of `tokens_T` (..., T)."""
+    return self.decoder(memory_SxD, tokens_T)
+
+  def loss(self, image_HxWx3: jax.Array, tokens_L: jax.Array) -> jax.Array:
+    """Mean cross-entropy (...) over the caption's non-padding targets.
+
+    `tokens_L` (..., L) is [CLS] caption [SEP] [PAD]...; the targets are tokens 1..L-1. A
+    caption without a target has loss 0 and zero gradient: DP-SGD counts such an example as
+    drawn, so it must contribute nothing rather than NaN.
+    """
+    inputs_T, targets_T = tokens_L[..., :-1], tokens_L[..., 1:]
+    logits_TxV = _at_least_float32(self.decode(self.memory(image_HxWx3), inputs_T))
+    target_logits_T = jnp.take_along_axis(logits_TxV, targets_T[..., None], axis=-1)[..., 0]
+    losses_T = jax.nn.logsumexp(logits_TxV, axis=-1) - target_logits_T
+    counted_T = targets_T != PADDING
+    count = jnp.maximum(jnp.sum(counted_T, axis=-1), 1)
+    return jnp.sum(losses_T, axis=-1, where=counted_T) / count
+
+  __call__ = loss
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

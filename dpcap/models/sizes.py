@@ -1,0 +1,26 @@
+"""The sizes a captioner comes in."""
+
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+  """Shape of a captioner; `patch_size` is the default, which `make_model` can override."""
+
+  patch_size: int
+  width: int
+  depth: int
+  heads: int
+  decoder_width: int
+  decoder_depth: int
+  decoder_heads: int
+
+
+# All but `demo` are the sizes of the reference implementation (Sander et al. 2024).
+SIZES = {
+    'demo': Size(8, 96, 3, 4, 64, 2, 4),  # for 32 px images: 0.5M parameters with a byte vocabulary
+    'nano': Size(16, 192, 12, 6, 192, 6, 6),
+    'tiny': Size(16, 384, 12, 6, 384, 6, 6),
+    'small': Size(16, 576, 12, 12, 576, 6, 12),
+    'base': Size(16, 768, 12, 12, 768, 6, 12),
+    'large': Size(16, 1024, 24, 16, 768, 6, 12),
+}

@@ -1,0 +1,101 @@
+"""The image encoder: a pre-norm vision transformer.
+
+Modules here take one example or any leading axes; shape suffixes leave those out.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpcap.models.attention import attend
+from dpcap.models.positions import image_positions
+
+# The kernels of projections are Xavier uniform, also the fused ones (as one matrix).
+Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
+
+
+def patch_grid(image_shape: tuple[int, ...], patch_size: int) -> tuple[int, int]:
+  """Rows and columns of patches in an image of shape (..., H, W, 3).
+
+  Raises:
+    ValueError: if H or W is not a multiple of `patch_size`.
+  """
+  height, width = image_shape[-3:-1]
+  if height % patch_size or width % patch_size:
+    raise ValueError(f'image {height}x{width} is not a whole number of {patch_size} px patches')
+  return height // patch_size, width // patch_size
+
+
+def patchify(image_HxWx3: jax.Array, patch_size: int) -> jax.Array:
+  """Cuts images (..., H, W, 3) into flat patches (..., P, patch_size^2 * 3), row by row.
+
+  Within a patch the order is row, column, channel.
+  """
+  rows, columns = patch_grid(image_HxWx3.shape, patch_size)
+  leading = image_HxWx3.shape[:-3]
+  x = image_HxWx3.reshape(*leading, rows, patch_size, columns, patch_size, 3)
+  x = jnp.swapaxes(x, -4, -3)
+  return x.reshape(*leading, rows * columns, patch_size * patch_size * 3)
+
+
+class EncoderBlock(nn.Module):
+  """x = x + attention(LN(x)); x = x + mlp(LN(x)), for x (..., T, width)."""
+
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_TxD: jax.Array) -> jax.Array:
+    width = x_TxD.shape[-1]
+    norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+    dense = functools.partial(Dense, dtype=self.dtype)
+
+    h_TxD = norm(name='attention_norm')(x_TxD)
+    qkv_Tx3D = dense(3 * width, use_bias=False, name='attention_qkv')(h_TxD)
+    h_TxD = attend(*jnp.split(qkv_Tx3D, 3, axis=-1), heads=self.heads, causal=False)
+    x_TxD += dense(width, name='attention_out')(h_TxD)
+
+    h_TxD = norm(name='mlp_norm')(x_TxD)
+    h_Tx4D = nn.gelu(dense(4 * width, name='mlp_in')(h_TxD), approximate=False)
+    return x_TxD + dense(width, name='mlp_out')(h_Tx4D)
+
+
+class ViT(nn.Module):
+  """Vision transformer: images (..., H, W, 3) -> tokens (..., 1+P, width), class token first.
+
+  The class token and the type embedding are frozen (collection 'frozen'): they are added
+  but never trained, as in the reference implementation.
+  Source: Dosovitskiy et al. 2021; MAE (He et al. 2022) for the positions.
+  """
+
+  patch_size: int
+  width: int
+  depth: int
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, image_HxWx3: jax.Array) -> jax.Array:
+    positions_TxD = image_positions(
+        *patch_grid(image_HxWx3.shape, self.patch_size), self.width)
+    class_token_D = frozen(self, 'class_token', self.width)
+    type_embedding_D = frozen(self, 'type_embedding', self.width)
+
+    patches_PxK = patchify(image_HxWx3, self.patch_size)
+    x_PxD = Dense(self.width, dtype=self.dtype, name='patch_projection')(patches_PxK)
+    class_1xD = jnp.broadcast_to(
+        class_token_D.astype(x_PxD.dtype), (*x_PxD.shape[:-2], 1, self.width))
+    x_TxD = jnp.concatenate([class_1xD, x_PxD], axis=-2)
+    x_TxD += jnp.asarray(positions_TxD, x_TxD.dtype) + type_embedding_D.astype(x_TxD.dtype)
+
+    for i in range(self.depth):
+      x_TxD = EncoderBlock(self.heads, self.dtype, name=f'block_{i}')(x_TxD)
+    return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x_TxD)
+
+
+def frozen(module: nn.Module, name: str, width: int) -> jax.Array:
+  """The module's untrained vector (width,): drawn normal(0.02) by `init`, then constant."""
+  init = lambda: nn.initializers.normal(0.02)(module.make_rng('params'), (width,))
+  return module.variable('frozen', name, init).value

@@ -1,0 +1,198 @@
+"""The privacy parameters of a run, checked to belong together."""
+
+import dataclasses
+import math
+
+import dp_accounting
+
+from dpcap.privacy import accounting
+from dpcap.privacy import mechanisms
+from dpcap.privacy import sampling
+
+
+def _poisson_gaussian(q: float, noise_multiplier: float, releases: int):
+  return dp_accounting.SelfComposedDpEvent(
+      dp_accounting.PoissonSampledDpEvent(
+          q, dp_accounting.GaussianDpEvent(noise_multiplier)
+      ),
+      releases,
+  )
+
+
+def _no_guarantee(q: float, noise_multiplier: float, releases: int):
+  del q, noise_multiplier, releases
+  return dp_accounting.NonPrivateDpEvent()
+
+
+# What a run of `releases` steps is to an accountant. A pair that is not here does not
+# belong together and is refused.
+_EVENTS = {
+    ('poisson', 'gaussian'): _poisson_gaussian,
+    ('poisson', 'none'): _no_guarantee,
+    ('shuffle', 'none'): _no_guarantee,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivacyPlan:
+  """Everything that the guarantee of a run depends on, and its accounting.
+
+  Attributes:
+    dataset_size: N, fixed and public.
+    expected_batch_size: q N, the denominator of every mean.
+    steps: logical batches in the whole run.
+    delta: of (epsilon, delta).
+    clip_norm: C; infinity only with the mechanism 'none'.
+    noise_multiplier: sigma, in units of C; 0 with the mechanism 'none'.
+    mechanism: a key of MECHANISMS.
+    sampler: a key of SAMPLERS.
+    accountant: a key of ACCOUNTANTS, the one that epsilon is read by.
+
+  Raises:
+    ValueError: naming the field, its value and what is allowed.
+  """
+
+  dataset_size: int
+  expected_batch_size: int
+  steps: int
+  delta: float
+  clip_norm: float
+  noise_multiplier: float
+  mechanism: str = 'gaussian'
+  sampler: str = 'poisson'
+  accountant: str = 'pld'
+
+  def __post_init__(self):
+    _check_sizes(self.dataset_size, self.expected_batch_size, self.steps, self.delta)
+    _check_pair(self.sampler, self.mechanism)
+    if self.accountant not in accounting.ACCOUNTANTS:
+      raise ValueError(
+          f'accountant is {self.accountant!r}; allowed: {", ".join(accounting.ACCOUNTANTS)}'
+      )
+    if self.private:
+      if not 0 < self.noise_multiplier < math.inf:
+        raise ValueError(
+            f'noise_multiplier is {self.noise_multiplier}; it must be positive and finite'
+        )
+      if not 0 < self.clip_norm < math.inf:
+        raise ValueError(f'clip_norm is {self.clip_norm}; it must be positive and finite')
+    elif self.noise_multiplier != 0:
+      raise ValueError(
+          f"noise_multiplier is {self.noise_multiplier}; with mechanism 'none' it must be 0"
+      )
+    if not accounting.covers(self.event(self.steps), self.accountant):
+      raise ValueError(
+          f'accountant is {self.accountant!r}, which does not cover sampler {self.sampler!r}'
+          f' with mechanism {self.mechanism!r}'
+      )
+
+  @property
+  def private(self) -> bool:
+    """Whether the run has a guarantee at all."""
+    return self.mechanism != 'none'
+
+  @property
+  def sampling_probability(self) -> float:
+    """q."""
+    return self.expected_batch_size / self.dataset_size
+
+  def event(self, releases: int) -> dp_accounting.DpEvent:
+    """What `releases` distinct noisy gradients are to an accountant."""
+    make = _EVENTS[self.sampler, self.mechanism]
+    return make(self.sampling_probability, self.noise_multiplier, releases)
+
+  def epsilon(self, releases: int | None = None, accountant: str | None = None) -> float | None:
+    """Epsilon after `releases` (default: all steps), None if the accountant has no bound."""
+    releases = self.steps if releases is None else releases
+    if releases == 0:
+      return 0.0
+    return accounting.epsilon(
+        self.event(releases), self.delta, accountant or self.accountant
+    )
+
+  def make_sampler(self, key: tuple[int, int]):
+    """The sampler of this plan under a secret sampling key."""
+    return sampling.SAMPLERS[self.sampler](self.dataset_size, self.expected_batch_size, key)
+
+  def make_mechanism(self) -> mechanisms.Mechanism:
+    """The noise mechanism of this plan."""
+    return mechanisms.MECHANISMS[self.mechanism](self.noise_multiplier, self.clip_norm)
+
+
+def calibrate(
+    *,
+    epsilon: float,
+    dataset_size: int,
+    expected_batch_size: int,
+    steps: int,
+    delta: float,
+    clip_norm: float,
+    mechanism: str = 'gaussian',
+    sampler: str = 'poisson',
+    accountant: str = 'pld',
+) -> PrivacyPlan:
+  """A plan with the least noise that keeps the whole run within `epsilon`.
+
+  Arguments are PrivacyPlan's. epsilon = infinity is the run without privacy: its mechanism
+  is 'none', whatever is given.
+
+  Raises:
+    ValueError: as PrivacyPlan does, or if no noise multiplier meets epsilon.
+  """
+  _check_sizes(dataset_size, expected_batch_size, steps, delta)
+  if not epsilon > 0:
+    raise ValueError(f'epsilon is {epsilon}; it must be positive, no noise_multiplier meets it')
+  if epsilon == math.inf:
+    mechanism = 'none'
+  elif mechanism == 'none':
+    raise ValueError(f"mechanism is 'none' and epsilon is {epsilon}; it goes with epsilon = inf")
+  rest = dict(
+      dataset_size=dataset_size,
+      expected_batch_size=expected_batch_size,
+      steps=steps,
+      delta=delta,
+      clip_norm=clip_norm,
+      mechanism=mechanism,
+      sampler=sampler,
+      accountant=accountant,
+  )
+  _check_pair(sampler, mechanism)
+  if mechanism == 'none':
+    return PrivacyPlan(noise_multiplier=0.0, **rest)
+  trial = PrivacyPlan(noise_multiplier=1.0, **rest)
+  noise_multiplier = accounting.calibrate_noise_multiplier(
+      lambda sigma: dataclasses.replace(trial, noise_multiplier=sigma).event(steps),
+      epsilon,
+      delta,
+      accountant,
+  )
+  return dataclasses.replace(trial, noise_multiplier=noise_multiplier)
+
+
+def _check_sizes(dataset_size, expected_batch_size, steps, delta):
+  if dataset_size < 1:
+    raise ValueError(f'dataset_size is {dataset_size}; it must be at least 1')
+  if not 1 <= expected_batch_size <= dataset_size:
+    raise ValueError(
+        f'expected_batch_size is {expected_batch_size}; it must be from 1 to the'
+        f" data set's size, {dataset_size}"
+    )
+  if steps < 1:
+    raise ValueError(f'steps is {steps}; it must be at least 1')
+  if not 0 < delta < 1:
+    raise ValueError(f'delta is {delta}; it must be above 0 and below 1')
+
+
+def _check_pair(sampler, mechanism):
+  for name, value, allowed in (
+      ('sampler', sampler, sampling.SAMPLERS),
+      ('mechanism', mechanism, mechanisms.MECHANISMS),
+  ):
+    if value not in allowed:
+      raise ValueError(f'{name} is {value!r}; allowed: {", ".join(allowed)}')
+  if (sampler, mechanism) not in _EVENTS:
+    pairs = ', '.join(f'{s} with {m}' for s, m in _EVENTS)
+    raise ValueError(
+        f'sampler is {sampler!r} and mechanism is {mechanism!r}, which no accountant covers;'
+        f' allowed: {pairs}'
+    )

@@ -1,0 +1,1 @@
+"""Private training: joins models, privacy and data into the step and the loop."""

@@ -1,0 +1,71 @@
+"""From a validated config to the parts of a run."""
+
+import flax.linen as nn
+import ml_collections
+
+from dpcap import data
+from dpcap import models
+from dpcap import privacy
+from dpcap.errors import UserError
+
+
+def make_tokenizer(config: ml_collections.ConfigDict) -> data.Tokenizer:
+  """The tokenizer of `config.data`."""
+  return data.make_tokenizer(config.data.tokenizer, config.data.vocabulary)
+
+
+def make_model(config: ml_collections.ConfigDict, vocab_size: int) -> nn.Module:
+  """The model of `config.model`, not initialised."""
+  return models.make_model(
+      image_size=config.data.image_size, vocab_size=vocab_size, **config.model
+  )
+
+
+def make_source(config: ml_collections.ConfigDict, source: ml_collections.ConfigDict):
+  """The source that a section such as `config.data.source` describes.
+
+  Raises:
+    UserError: if it refuses its files, or has not the size that the config says.
+  """
+  return data.make_source(image_size=config.data.image_size, **source)
+
+
+def make_training_source(config: ml_collections.ConfigDict) -> data.Source:
+  """`config.data.source`, of exactly `config.data.dataset_size` records where that is set.
+
+  Raises:
+    UserError: as make_source, or if the sizes differ: N is part of the guarantee.
+  """
+  source = make_source(config, config.data.source)
+  declared = config.data.dataset_size
+  if declared is not None and declared != len(source):
+    raise UserError(
+        f'data.dataset_size is {declared}, but the source {config.data.source.name!r} has'
+        f' {len(source)} records; set it to that number, or to None'
+    )
+  return source
+
+
+def make_plan(config: ml_collections.ConfigDict, dataset_size: int) -> privacy.PrivacyPlan:
+  """The privacy parameters of the run: epsilon turned into noise, or noise given.
+
+  Raises:
+    UserError: if they do not belong together, or no noise meets epsilon.
+  """
+  p = config.privacy
+  common = dict(
+      dataset_size=dataset_size,
+      expected_batch_size=p.expected_batch_size,
+      steps=config.train.steps,
+      delta=1 / dataset_size if p.delta is None else p.delta,
+      clip_norm=p.clip_norm,
+      mechanism=p.mechanism,
+      sampler=p.sampler,
+      accountant=p.accountant,
+  )
+  try:
+    if p.epsilon is not None:
+      return privacy.calibrate(epsilon=p.epsilon, **common)
+    return privacy.PrivacyPlan(noise_multiplier=p.noise_multiplier, **common)
+  except ValueError as e:
+    raise UserError(f'config.privacy: {e}') from e

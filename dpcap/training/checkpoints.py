@@ -1,0 +1,112 @@
+"""Checkpoints: written in the background, kept by policy, each with its privacy statement.
+
+A checkpoint has three items: `model` (params and frozen, what is released), `training`
+(step and optimizer state) and `privacy` (the statement, as JSON). Orbax writes to a
+temporary name and renames at the end: one that was cut off is never picked up.
+"""
+
+import os
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from dpcap.errors import UserError
+from dpcap.training.step import TrainState
+
+
+class Checkpoints:
+  """The checkpoints of a run, by step.
+
+  Raises:
+    UserError: if the directory cannot be used.
+  """
+
+  def __init__(self, directory: str | os.PathLike, keep: int | None = None):
+    """Opens, and creates where needed, `directory`; keeps the latest `keep` checkpoints."""
+    self._directory = pathlib.Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=True
+    )
+    try:
+      self._manager = ocp.CheckpointManager(self._directory, options=options)
+    except OSError as e:
+      raise UserError(f'{self._directory}: cannot hold checkpoints ({e})') from e
+
+  def latest_step(self) -> int | None:
+    """Step of the newest whole checkpoint, None if there is none."""
+    return self._manager.latest_step()
+
+  def path(self, step: int) -> str:
+    """Directory of one checkpoint."""
+    return str(self._directory / str(step))
+
+  def save(self, state: TrainState, statement: dict) -> None:
+    """Starts writing; returns once the arrays are copied out of the device.
+
+    Raises:
+      UserError: if this or the previous write fails, for example on a full disk.
+    """
+    items = ocp.args.Composite(
+        model=ocp.args.StandardSave({'params': state.params, 'frozen': state.frozen}),
+        training=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+        privacy=ocp.args.JsonSave(statement),
+    )
+    self._guarded(lambda: self._manager.save(int(state.step), args=items, force=True))
+
+  def wait(self) -> None:
+    """Returns when everything is on disk; raises UserError if it can't be written."""
+    self._guarded(self._manager.wait_until_finished)
+
+  def restore(self, step: int, like: TrainState) -> TrainState:
+    """The state of a checkpoint, shaped and placed as `like`.
+
+    Raises:
+      UserError: if the checkpoint holds another model.
+    """
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    items = ocp.args.Composite(
+        model=ocp.args.StandardRestore({'params': target.params, 'frozen': target.frozen}),
+        training=ocp.args.StandardRestore({'step': target.step, 'opt_state': target.opt_state}),
+    )
+    restored = self._restore(step, items)
+    return TrainState(
+        step=restored.training['step'],
+        params=restored.model['params'],
+        frozen=restored.model['frozen'],
+        opt_state=restored.training['opt_state'],
+    )
+
+  def restore_model(self, step: int, like: TrainState) -> dict:
+    """Only {'params', 'frozen'} of a checkpoint, as `like`.
+
+    Raises:
+      UserError: if the checkpoint holds another model.
+    """
+    target = jax.tree.map(
+        ocp.utils.to_shape_dtype_struct, {'params': like.params, 'frozen': like.frozen}
+    )
+    return self._restore(step, ocp.args.Composite(model=ocp.args.StandardRestore(target))).model
+
+  def close(self) -> None:
+    """Waits for what is being written and lets go of the directory."""
+    self.wait()
+    self._manager.close()
+
+  def _restore(self, step, items):
+    try:
+      return self._manager.restore(step, args=items)
+    except (ValueError, KeyError, OSError) as e:
+      raise UserError(
+          f'{self.path(step)}: cannot be restored as the model of this config'
+          f' ({str(e).splitlines()[0][:300]})'
+      ) from e
+
+  def _guarded(self, write):
+    try:
+      write()
+    # Orbax and TensorStore report a full disk as one or the other.
+    except (OSError, ValueError, RuntimeError) as e:
+      raise UserError(
+          f'{self._directory}: a checkpoint cannot be written ({str(e).splitlines()[0][:300]})'
+      ) from e

@@ -1,0 +1,321 @@
+"""The training loop: draw, accumulate, release, save; stop and resume at any moment."""
+
+import contextlib
+import functools
+import json
+import pathlib
+import signal
+import sys
+from typing import Any
+
+from absl import logging
+import jax
+import ml_collections
+
+from dpcap import config as config_lib
+from dpcap import data
+from dpcap import privacy
+from dpcap.errors import UserError
+from dpcap.privacy.sampling import augmentation_generator
+from dpcap.training import build
+from dpcap.training import metrics
+from dpcap.training.checkpoints import Checkpoints
+from dpcap.training.environment import describe_environment
+from dpcap.training.optimizer import make_optimizer
+from dpcap.training.optimizer import make_schedule
+from dpcap.training.progress import Progress
+from dpcap.training.step import init_state
+from dpcap.training.step import make_step
+from dpcap.training.step import TrainState
+from dpcap.training.step import zero_accumulator
+
+# Exit status of a run that was asked to stop: what shells report for SIGTERM.
+STOPPED = 143
+
+
+def secrets_directory(workdir: pathlib.Path) -> pathlib.Path:
+  """Where the keys of a run lie: beside its workdir, which may be shared, not in it."""
+  return workdir.with_name(workdir.name + '.secrets')
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainState | None:
+  """Trains, or goes on training, the run of `config` in `workdir`.
+
+  Args:
+    config: validated.
+    workdir: created if need be; section 'Workdir' of the README says what it holds.
+
+  Returns:
+    The final state, or None if SIGTERM or SIGINT stopped the run, whose state is saved.
+
+  Raises:
+    UserError: if the config, the data or the workdir is refused.
+  """
+  try:
+    run = _Run(config, workdir.absolute())
+    with run, _stop_requests() as stop:
+      while run.done < config.train.steps:
+        if not run.one_step(stop):
+          run.save()
+          run.say(f'stopped after {run.done} steps, saved; the same command goes on')
+          return None
+      run.save()
+      run.say(privacy.statement_text(run.statement()))
+      return run.state
+  except OSError as e:
+    raise UserError(f'{e.filename or workdir}: cannot be used ({e.strerror or e})') from e
+
+
+class _Run:
+  """All parts of a run in one place, and what happens to them step by step."""
+
+  def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+    self._config, self._workdir = config, workdir
+    self._tokenizer = build.make_tokenizer(config)
+    source = build.make_training_source(config)
+    self._plan = build.make_plan(config, len(source))
+    self._say_plan()
+    _claim_workdir(config, workdir)
+    self._checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep_checkpoints)
+
+    model = build.make_model(config, self._tokenizer.vocab_size)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    self._schedule = make_schedule(config.optimizer, config.train.steps)
+    self._step = make_step(model, optimizer, self._plan, config.privacy.clipping)
+    self.state = init_state(
+        model,
+        optimizer,
+        config.data.image_size,
+        config.data.text_length,
+        config.train.model_seed,
+    )
+    self._zero = jax.jit(zero_accumulator)
+    self.done = self._checkpoints.latest_step() or 0
+    if self.done:
+      self.state = self._checkpoints.restore(self.done, self.state)
+    self._saved = self.done
+
+    try:
+      self._store = privacy.KeyStore(
+          secrets_directory(workdir),
+          resume_step=self.done,
+          environment=describe_environment(config),
+          seed=config.privacy.seed,
+      )
+    except ValueError as e:
+      raise UserError(str(e)) from e
+    keys = self._store.keys
+    self._noise_key = keys.noise_key()
+    self._noise_state = self._plan.make_mechanism().init(
+        self._noise_key, self.done, self.state.params
+    )
+    self._batches = data.LogicalBatches(
+        source=source,
+        transform=data.Transform(
+            config.data.image_size,
+            config.data.text_length,
+            self._tokenizer,
+            config.data.crop_scale,
+            config.data.flip,
+        ),
+        draw=self._plan.make_sampler(keys.sampling).draw,
+        augmentation_rng=functools.partial(augmentation_generator, keys.sampling),
+        steps=config.train.steps,
+        expected_batch_size=self._plan.expected_batch_size,
+        physical_batch=config.mesh.physical_batch,
+        batches_per_chunk=config.mesh.batches_per_chunk,
+    )
+
+  def __enter__(self):
+    config, start = self._config, self.done
+    self._elements = data.iterate(
+        self._batches, start * self._batches.slots, config.data.workers
+    )
+    self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, start)
+    self._diagnostics = None
+    if config.train.diagnostics:
+      self._diagnostics = metrics.MetricWriter(
+          self._workdir, metrics.DIAGNOSTICS, start, suffix='.private'
+      )
+    self._progress = Progress(
+        config.train.steps, start, self._plan.expected_batch_size, self._plan.private
+    ).__enter__()
+    self._warned = set()
+    if start:
+      self.say(f'resuming after step {start}')
+      if self._store.lost_releases:
+        self.say(
+            f'{self._store.lost_releases} noisy gradients were computed in another environment'
+            ' and can not be replayed: fresh keys, and they count as released'
+        )
+    return self
+
+  def __exit__(self, *failure):
+    self._progress.__exit__(*failure)
+    self._metrics.close()
+    if self._diagnostics:
+      self._diagnostics.close()
+    with contextlib.suppress(AttributeError):  # only iterators with workers have it
+      self._elements.close()
+    if failure[0] is None:
+      self._checkpoints.close()
+
+  def say(self, line: str) -> None:
+    """Tells the person who trains."""
+    self._progress.say(line)
+
+  def one_step(self, stop: list[int]) -> bool:
+    """Does the next step and what is due after it; False if asked to stop before its release."""
+    accumulator, bad = self._zero(self.state.params), 0
+    for slot in range(self._batches.slots):
+      if stop:
+        return False
+      for chunk in next(self._elements):
+        inputs = jax.device_put((chunk.examples, chunk.mask, chunk.live))
+        # Wait for the chunk before, so that inputs do not pile up on the device; the
+        # next ones are being loaded meanwhile.
+        jax.block_until_ready(accumulator)
+        accumulator = self._step.accumulate(self.state, accumulator, *inputs)
+        bad += self._note_bad(chunk)
+      self._progress.within_step(self.done, (slot + 1) / self._batches.slots)
+    jax.block_until_ready(accumulator)
+    if stop:
+      return False
+
+    # From here on the step counts as released, whatever happens.
+    self._store.begin(self.done)
+    self.state, self._noise_state, diagnostics = self._step.update(
+        self.state, accumulator, self._noise_key, self._noise_state
+    )
+    self.done += 1
+    self._report({k: float(v) for k, v in diagnostics.items()} | {'bad_records': bad})
+    if self.done % self._config.train.checkpoint_every == 0:
+      self.save()
+    return True
+
+  def save(self) -> None:
+    """Writes a checkpoint of the current state with its statement, unless it is there."""
+    if self._saved == self.done:
+      return
+    statement = self.statement()
+    self._checkpoints.save(self.state, statement)
+    self._saved = self.done
+    _write_whole(self._workdir / 'privacy.json', json.dumps(statement, indent=2) + '\n')
+
+  def statement(self) -> dict[str, Any]:
+    """The privacy statement of the current state."""
+    return privacy.make_statement(
+        self._plan,
+        steps=self.done,
+        releases=self._store.releases(self.done),
+        clipping_strategy=self._config.privacy.clipping if self._plan.private else 'none',
+        fixed_seed=self._config.privacy.seed is not None,
+        tokenizer=f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip(),
+    )
+
+  def _report(self, diagnostics: dict[str, float]) -> None:
+    unusable, examples = diagnostics['unusable_gradients'], diagnostics['examples']
+    if unusable:
+      self._warn_once(
+          'unusable',
+          f'step {self.done}: {unusable:.0f} of {examples:.0f} examples had a gradient that is'
+          ' not finite (loss NaN?); they contribute zero, the run goes on',
+      )
+    epsilon = None
+    if self.done % self._config.train.log_every == 0 or self.done == self._config.train.steps:
+      epsilon = self._plan.epsilon(self._store.releases(self.done))
+      self._metrics.write(
+          self.done,
+          {
+              'epsilon': privacy.accounting.finite_or_none(epsilon),
+              'learning_rate': float(self._schedule(self.done - 1)),
+              'images_per_second': self._progress.images_per_second,
+          },
+      )
+      if self._diagnostics:
+        self._diagnostics.write(self.done, diagnostics)
+    self._progress.after_step(self.done, diagnostics['loss'], epsilon)
+
+  def _note_bad(self, chunk) -> int:
+    if chunk.bad:
+      self._warn_once(
+          'bad',
+          f'step {self.done + 1}: {chunk.bad} drawn records cannot be used and contribute zero'
+          f' ({"; ".join(chunk.reasons)}); further ones are only counted',
+      )
+    return chunk.bad
+
+  def _warn_once(self, kind: str, line: str) -> None:
+    if kind not in self._warned:
+      self._warned.add(kind)
+      self.say(f'warning: {line}')
+
+  def _say_plan(self):
+    plan = self._plan
+    if plan.private:
+      guarantee = (
+          f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
+          f' noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}'
+      )
+    else:
+      guarantee = 'epsilon infinity: NO privacy'
+    logging.info('%s', guarantee)
+    print(
+        f'N {plan.dataset_size:,}  batch {plan.expected_batch_size:,}  q'
+        f' {plan.sampling_probability:.3g}  steps {plan.steps:,}'
+        f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}',
+        file=sys.stderr,
+    )
+
+
+def _claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes config.json, or checks that the one there is this run's.
+
+  Raises:
+    UserError: if the workdir holds another run, or its secrets outlived it.
+  """
+  path, new = workdir / 'config.json', config_lib.to_json(config)
+  if path.exists():
+    try:
+      old_fixed = config_lib.fixed_part(path.read_text())
+    except (ValueError, KeyError) as e:
+      raise UserError(f'{path}: damaged, not the config of a run ({e!r})') from e
+    new_fixed = config_lib.fixed_part(new)
+    for key in sorted(new_fixed.keys() | old_fixed.keys()):
+      if old_fixed.get(key) != new_fixed.get(key):
+        raise UserError(
+            f'{workdir}: holds a run with {key} = {old_fixed.get(key)!r}, this config has'
+            f' {new_fixed.get(key)!r}; resume with the same config, or take another workdir'
+        )
+  elif secrets_directory(workdir).exists():
+    raise UserError(
+        f'{secrets_directory(workdir)}: holds the keys of a run whose workdir is gone; remove it'
+        ' to start a new run (what was released under those keys stays released)'
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  _write_whole(path, new + '\n')
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that it is never seen half written."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _stop_requests():
+  """A list that SIGTERM and SIGINT fill; a second SIGINT interrupts at once."""
+  requests = []
+
+  def request(number, frame):
+    if requests and number == signal.SIGINT:
+      signal.default_int_handler(number, frame)
+    requests.append(number)
+
+  before = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield requests
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

@@ -1,0 +1,84 @@
+"""The progress bar; on a screen that is none, a line now and then."""
+
+import sys
+import time
+
+from rich import progress
+from rich.console import Console
+
+# Between lines where there is no terminal to draw a bar on.
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+  """Shows steps, loss, epsilon spent, images per second and time left."""
+
+  def __init__(self, steps: int, start: int, expected_batch_size: int, private: bool):
+    """Starts at step `start` of `steps`; rates count expected_batch_size images a step."""
+    self._steps, self._start, self._batch = steps, start, expected_batch_size
+    self._done = start
+    self._fields = {'loss': '-', 'epsilon': '-' if private else 'inf', 'rate': '-'}
+    self._began = time.monotonic()
+    self._last_line = 0.0
+    self._console = Console(file=sys.stderr)
+    self._bar = progress.Progress(
+        progress.TextColumn('training'),
+        progress.BarColumn(),
+        progress.TextColumn('step {task.fields[steps]}'),
+        progress.TextColumn('loss [bold]{task.fields[loss]}'),
+        progress.TextColumn('epsilon [bold]{task.fields[epsilon]}'),
+        progress.TextColumn('{task.fields[rate]} images/s'),
+        progress.TimeRemainingColumn(),
+        console=self._console,
+        disable=not self._console.is_terminal,
+    )
+    self._task = self._bar.add_task('', total=steps, completed=start, steps='', **self._fields)
+
+  def __enter__(self):
+    self._bar.start()
+    return self
+
+  def __exit__(self, *_):
+    self._bar.stop()
+
+  @property
+  def images_per_second(self) -> float:
+    """Since the start of this process."""
+    elapsed = time.monotonic() - self._began
+    return (self._done - self._start) * self._batch / max(elapsed, 1e-9)
+
+  def within_step(self, step: int, fraction: float) -> None:
+    """Notes how far step `step` has come."""
+    self._done = step + min(fraction, 1.0)
+    self._show()
+
+  def after_step(self, done: int, loss: float | None, epsilon: float | None) -> None:
+    """Notes that `done` steps are done; None leaves what was shown."""
+    self._done = done
+    if loss is not None:
+      self._fields['loss'] = f'{loss:.3f}'
+    if epsilon is not None:
+      self._fields['epsilon'] = f'{epsilon:.2f}'
+    self._show()
+    now = time.monotonic()
+    due = now - self._last_line > _SECONDS_BETWEEN_LINES or done == self._steps
+    if not self._console.is_terminal and due:
+      self._last_line = now
+      left = (self._steps - done) * self._batch / max(self.images_per_second, 1e-9)
+      self.say(
+          f'step {done}/{self._steps}  loss {self._fields["loss"]}  epsilon'
+          f' {self._fields["epsilon"]}  {self._fields["rate"]} images/s  {left:.0f} s left'
+      )
+
+  def say(self, line: str) -> None:
+    """Prints a line above the bar."""
+    self._console.print(line, highlight=False, soft_wrap=True)
+
+  def _show(self):
+    self._fields['rate'] = f'{self.images_per_second:,.0f}'
+    self._bar.update(
+        self._task,
+        completed=self._done,
+        steps=f'{int(self._done)}/{self._steps}',
+        **self._fields,
+    )

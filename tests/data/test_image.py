@@ -1,0 +1,259 @@
+import io
+import math
+import struct
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpcap.data.image import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    _draw_box,
+    decode,
+    normalize,
+    random_flip,
+    random_resized_crop,
+    resize_center_crop,
+)
+from dpcap.data.source import BadRecord
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+  file = io.BytesIO()
+  image.save(file, format, **options)
+  return file.getvalue()
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+  coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+  return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png_header(width: int, height: int) -> bytes:
+  """A PNG that claims a size and holds almost no data."""
+
+  def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+  header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  pixels = zlib.compress(bytes(1000))
+  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', pixels) + chunk(b'IEND', b'')
+
+
+# --- decode: what must be refused -----------------------------------------------------
+
+JPEG = encode(photo(200, 100), 'JPEG')
+PNG = encode(photo(200, 100), 'PNG')
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'',
+        b'<html>404 Not Found</html>',
+        bytes(range(256)),
+        JPEG[: len(JPEG) // 2],
+        JPEG[:20],
+        PNG[: len(PNG) // 2],
+        PNG[:60] + bytes(200) + PNG[260:],
+        encode(photo(64, 64), 'WEBP')[:80],
+        b'GIF89a\x00\x00\x00\x00\x00\x00\x00',
+        png_header(0, 10),
+        b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n',
+        encode(Image.fromarray(np.ones((4, 4), np.float32)), 'TIFF'),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+    ids=[
+        'empty', 'html', 'garbage', 'half JPEG', 'JPEG header', 'half PNG', 'damaged PNG', 'half WebP', 'GIF 0x0',
+        'PNG 0x10', 'EPS', 'float TIFF', 'grey array', 'float array', 'empty array',
+    ],
+)  # fmt: skip
+def test_unusable_images_are_bad_records(data):
+  with pytest.raises(BadRecord):
+    decode(data)
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('side', [9_000, 12_000, 60_000])
+def test_decompression_bombs_are_refused_by_their_header(side, monkeypatch):
+  monkeypatch.setattr(Image.Image, 'load', lambda self: pytest.fail('pixels were decoded'))
+  monkeypatch.setattr('PIL.ImageFile.ImageFile.load', lambda self: pytest.fail('pixels were decoded'))
+  with pytest.raises(BadRecord):
+    decode(png_header(side, side))
+
+
+# --- decode: what must come out right -------------------------------------------------
+
+
+def colour(image: Image.Image) -> tuple[int, int, int]:
+  assert image.mode == 'RGB'
+  return image.getpixel((image.width // 2, image.height // 2))
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF'])
+def test_formats_and_a_single_pixel(format):
+  for size in [(1, 1), (33, 20)]:
+    image = decode(encode(Image.new('RGB', size, (255, 0, 0)), format))
+    assert image.size == size
+    np.testing.assert_allclose(colour(image), (255, 0, 0), atol=3)
+
+
+def test_cmyk_jpeg():
+  pure_red = Image.new('CMYK', (16, 16), (0, 255, 255, 0))
+  np.testing.assert_allclose(colour(decode(encode(pure_red, 'JPEG', quality=95))), (255, 0, 0), atol=4)
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+  ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(4, 0)
+  image = decode(encode(Image.fromarray(ramp), 'PNG'))
+  assert image.mode == 'RGB'
+  np.testing.assert_array_equal(np.asarray(image)[0, :, 1], np.arange(256))
+
+
+def test_grey_palette_and_bilevel():
+  assert colour(decode(encode(Image.new('L', (9, 9), 77), 'PNG'))) == (77, 77, 77)
+  assert colour(decode(encode(Image.new('1', (9, 9), 1), 'PNG'))) == (255, 255, 255)
+  green = Image.new('RGB', (9, 9), (0, 200, 0)).convert('P', palette=Image.Palette.ADAPTIVE)
+  assert colour(decode(encode(green, 'PNG'))) == (0, 200, 0)
+
+
+def test_transparency_becomes_white():
+  half = decode(encode(Image.new('RGBA', (9, 9), (255, 0, 0, 128)), 'PNG'))
+  np.testing.assert_allclose(colour(half), (255, 127, 127), atol=1)
+  assert colour(decode(encode(Image.new('RGBA', (9, 9), (0, 0, 0, 0)), 'PNG'))) == (255, 255, 255)
+  assert colour(decode(encode(Image.new('LA', (9, 9), (0, 0)), 'PNG'))) == (255, 255, 255)
+  palette = Image.new('P', (9, 9), 0)
+  palette.putpalette([0, 0, 0, 10, 20, 30])
+  assert colour(decode(encode(palette, 'PNG', transparency=0))) == (255, 255, 255)
+
+
+@pytest.mark.parametrize('format', ['GIF', 'WEBP'])
+def test_of_an_animation_the_first_frame(format):
+  frames = [Image.new('RGB', (16, 16), rgb) for rgb in [(255, 0, 0), (0, 255, 0), (0, 0, 255)]]
+  data = encode(frames[0], format, save_all=True, append_images=frames[1:])
+  np.testing.assert_allclose(colour(decode(data)), (255, 0, 0), atol=3)
+
+
+def test_arrays_pass_through():
+  array = np.asarray(photo(7, 5))
+  np.testing.assert_array_equal(np.asarray(decode(array)), array)
+
+
+def test_size_hint_shrinks_only_large_jpegs():
+  large = encode(photo(800, 1200), 'JPEG')
+  assert decode(large, size_hint=300).size == (400, 600)
+  assert decode(large, size_hint=500).size == (800, 1200)
+  assert decode(encode(photo(800, 1200), 'PNG'), size_hint=100).size == (800, 1200)
+
+
+# --- crops ----------------------------------------------------------------------------
+
+
+def torchvision_box(width, height, rng, scale, ratio):
+  """RandomResizedCrop.get_params, transcribed apart from ours: (top, left, height, width)."""
+  log_ratio = np.log(ratio)
+  for _ in range(10):
+    target_area = height * width * rng.uniform(scale[0], scale[1])
+    aspect_ratio = np.exp(rng.uniform(log_ratio[0], log_ratio[1]))
+    w = int(round(math.sqrt(target_area * aspect_ratio)))
+    h = int(round(math.sqrt(target_area / aspect_ratio)))
+    if 0 < w <= width and 0 < h <= height:
+      i = rng.integers(0, height - h + 1)
+      j = rng.integers(0, width - w + 1)
+      return i, j, h, w
+  in_ratio = width / height
+  if in_ratio < min(ratio):
+    w, h = width, int(round(width / min(ratio)))
+  elif in_ratio > max(ratio):
+    h, w = height, int(round(height * max(ratio)))
+  else:
+    w, h = width, height
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_random_resized_crop_is_torchvisions(seed):
+  rng = np.random.default_rng(seed)
+  width, height = (int(side) for side in rng.integers(1, 300, 2))
+  image = photo(width, height, seed)
+  scale, ratio = [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.5, 2.0))][seed % 2]
+  top, left, h, w = torchvision_box(width, height, np.random.default_rng(seed), scale, ratio)
+  box = np.asarray(image)[top : top + h, left : left + w].copy()
+  expected = Image.fromarray(box).resize((32, 32), Image.Resampling.BICUBIC)
+  cropped = random_resized_crop(image, 32, np.random.default_rng(seed), scale, ratio)
+  assert cropped.shape == (32, 32, 3) and cropped.dtype == np.uint8
+  np.testing.assert_array_equal(cropped, np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    'size, box', [((1000, 10), (493, 0, 13, 10)), ((10, 1000), (0, 493, 10, 13)), ((1, 1), (0, 0, 1, 1))]
+)
+def test_extreme_shapes_fall_back_to_the_centre(size, box):
+  assert _draw_box(*size, np.random.default_rng(0), (0.9, 1.0), (3 / 4, 4 / 3)) == box
+
+
+def test_statistics_of_the_crop():
+  """On an image whose pixels hold their own coordinates the box can be read from the crop."""
+  side = 256
+  ramp = np.zeros((side, side, 3), np.uint8)
+  ramp[..., 0], ramp[..., 1] = np.arange(side), np.arange(side)[:, None]
+  image, rng = Image.fromarray(ramp), np.random.default_rng(0)
+  areas, log_ratios = [], []
+  for _ in range(3000):
+    # Up to 0.6 of the area every ratio fits, so no draw is rejected and the ranges are exact.
+    crop = random_resized_crop(image, 32, rng, scale=(0.2, 0.6)).astype(float)
+    width, height = (crop[16, 28, 0] - crop[16, 4, 0]) / 24 * 32, (crop[28, 16, 1] - crop[4, 16, 1]) / 24 * 32
+    areas.append(width * height / side**2)
+    log_ratios.append(math.log(width / height))
+  assert 0.19 < min(areas) < 0.21 and 0.59 < max(areas) < 0.61
+  np.testing.assert_allclose(np.quantile(areas, [0.25, 0.5, 0.75]), [0.3, 0.4, 0.5], atol=0.015)
+  assert max(np.abs(log_ratios)) < math.log(4 / 3) + 0.03
+  quartiles = np.array([-0.5, 0, 0.5]) * math.log(4 / 3)
+  np.testing.assert_allclose(np.quantile(log_ratios, [0.25, 0.5, 0.75]), quartiles, atol=0.02)
+
+
+def test_shrinking_is_antialiased():
+  stripes = np.zeros((512, 512, 3), np.uint8)
+  stripes[:, ::2] = 255
+  crop = random_resized_crop(Image.fromarray(stripes), 32, np.random.default_rng(0), scale=(1, 1), ratio=(1, 1))
+  np.testing.assert_allclose(crop[:, 2:-2], 127.5, atol=4)
+
+
+def test_random_flip():
+  rng, array = np.random.default_rng(0), np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+  flipped = [not np.array_equal(random_flip(array, rng), array) for _ in range(1000)]
+  assert 430 < sum(flipped) < 570
+  while np.array_equal(result := random_flip(array, rng), array):
+    pass
+  np.testing.assert_array_equal(result, array[:, ::-1])
+
+
+@pytest.mark.parametrize('size', [(300, 200), (200, 300), (256, 256), (50, 70), (1000, 333), (1, 1)])
+def test_resize_center_crop_is_the_mae_protocol(size):
+  image = photo(*size)
+  width, height = size
+  short = int(56 * 256 / 224)
+  new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+  left, top = (int(round((side - 56) / 2)) for side in new)
+  expected = image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + 56, top + 56))
+  result = resize_center_crop(image, 56)
+  assert result.shape == (56, 56, 3) and result.dtype == np.uint8
+  np.testing.assert_allclose(result.astype(int), np.asarray(expected), atol=1)
+
+
+def test_a_very_long_image_is_cropped_before_it_grows():
+  assert resize_center_crop(Image.new('RGB', (1, 60_000)), 224).shape == (224, 224, 3)
+
+
+def test_normalize_on_numpy_and_jax():
+  array = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+  expected = (array.astype(np.float64) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+  for result in (normalize(array), normalize(jnp.asarray(array))):
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(np.asarray(result), expected, atol=1e-5)
+  assert isinstance(normalize(array), np.ndarray)
