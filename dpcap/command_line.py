@@ -1,28 +1,26 @@
 """How every dpcap program starts and how it fails: one clear line, exit status 2."""
 
 from collections.abc import Callable
+import re
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging
+import ml_collections
 from ml_collections import config_flags
 
 from dpcap import config as config_lib
 from dpcap.errors import UserError
 
+_OVERRIDE = re.compile(r'--config\.([\w.]+)=(.*)', re.DOTALL)
+
+# Keys that the command line sets to None, which the flags library can't express.
+_set_to_none: list[str] = []
+
 
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; what the user got wrong is said in one line."""
-
-  def parse(argv):
-    try:
-      rest = flags.FLAGS(argv)
-    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
-      _fail(e)
-    if len(rest) > 1:
-      _fail(f'unknown argument {rest[1]!r}; flags start with --')
-    return rest
 
   def guarded_main(argv):
     del argv
@@ -32,7 +30,7 @@ def run(main: Callable[[], None]) -> None:
       _fail(e)
 
   logging.set_verbosity(logging.WARNING)
-  app.run(guarded_main, flags_parser=parse)
+  app.run(guarded_main, flags_parser=_parse)
 
 
 def define_config() -> flags.FlagHolder:
@@ -40,19 +38,68 @@ def define_config() -> flags.FlagHolder:
   return config_flags.DEFINE_config_file('config', None, 'Experiment file[:argument].')
 
 
-def load_config(holder: flags.FlagHolder):
-  """The validated, frozen config that the flags name.
+def load_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+  """The validated config that the flags name.
 
   Raises:
-    UserError: if there is none, or it does not fit the schema.
+    UserError: if there is none, it cannot be loaded, or it does not fit the schema.
   """
-  if holder.value is None:
+  config = holder.value
+  if config is None:
     raise UserError('--config is missing; give an experiment, as --config=configs/demo.py')
-  config_lib.validate(holder.value)
-  return holder.value
+  try:
+    config.to_dict()
+  except OSError as e:  # a file that can't be loaded is told of on first use
+    raise UserError(f'--config: the experiment cannot be loaded ({_last_line(e)})') from e
+  for path in _set_to_none:
+    *sections, key = path.split('.')
+    section = config
+    for name in sections:
+      section = section.get(name, {})
+    if key not in section:
+      raise UserError(f'--config.{path}: no key of the config')
+    section[key] = None
+  config_lib.validate(config)
+  return config
+
+
+def _parse(argv: list[str]) -> list[str]:
+  kept = []
+  for argument in argv:
+    override = _OVERRIDE.fullmatch(argument)
+    if override and override[2] == 'None':
+      _set_to_none.append(override[1])
+    else:
+      kept.append(argument)
+  try:
+    rest = flags.FLAGS(kept)
+  except (KeyError, AttributeError) as e:
+    _fail(_unknown_key(argv, str(e)))
+  # A config file is a program: whatever it raises while it is read ends here.
+  except Exception as e:  # pylint: disable=broad-except
+    _fail(_last_line(e) if 'Traceback' in str(e) else e)
+  if len(rest) > 1:
+    _fail(f'unknown argument {rest[1]!r}; flags start with --')
+  return rest
+
+
+def _unknown_key(argv: list[str], error: str) -> str:
+  """Names the override that the flags library found no key for."""
+  names = re.findall(r"'(\w+)'", error.replace('\\', ''))
+  hint = re.search(r'Did you mean "(\w+)"', error)
+  for argument in argv:
+    override = _OVERRIDE.fullmatch(argument)
+    if override and names and names[0] in override[1].split('.'):
+      text = f'--config.{override[1]}: {names[0]!r} is no key of the config'
+      return text + (f' (did you mean {hint[1]}?)' if hint else '')
+  return f'the config cannot be loaded ({error})'
+
+
+def _last_line(error: Exception) -> str:
+  line = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+  return line.removeprefix('dpcap.errors.UserError: ')
 
 
 def _fail(reason) -> None:
-  text = reason.args[0] if isinstance(reason, KeyError) and reason.args else reason
-  print('error:', ' '.join(str(text).split()), file=sys.stderr)
+  print('error:', ' '.join(str(reason).split()), file=sys.stderr)
   sys.exit(2)

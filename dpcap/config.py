@@ -195,10 +195,19 @@ def evaluator_config(name: str, **values) -> ml_collections.ConfigDict:
   return _with_values('evaluator', name, EVALUATORS, values)
 
 
+def choose(what: str, value: str, variants: dict[str, Any]) -> Any:
+  """The variant that a config file's argument names.
+
+  Raises:
+    UserError: if there is no such variant.
+  """
+  if value not in variants:
+    raise UserError(f'{what} is {value!r}; allowed: {", ".join(variants)}')
+  return variants[value]
+
+
 def _with_values(what, name, table, values):
-  if name not in table:
-    raise UserError(f'{what} is {name!r}; allowed: {", ".join(table)}')
-  config = _defaults(table[name])
+  config = _defaults(choose(what, name, table))
   for key, value in values.items():
     if key not in config:
       raise UserError(_unknown_key(f'{what} {name}: {key}', key, config))

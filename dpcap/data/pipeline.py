@@ -9,6 +9,9 @@ order does not depend on the number of workers and a run resumes at any step by 
 from collections.abc import Callable, Iterator
 import dataclasses
 import math
+import multiprocessing
+import os
+import threading
 from typing import NamedTuple
 
 from absl import flags
@@ -199,9 +202,22 @@ def iterate(data, start: int, workers: int, buffer: int = 2) -> Iterator:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
+        worker_init_fn=_end_with_parent,
     )
   return iter(dataset)
+
+
+def _end_with_parent(worker: int, count: int) -> None:
+  """Ends this worker process when the one that started it is gone, however it died."""
+  del worker, count
+  parent = multiprocessing.parent_process()
+
+  def watch():
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 class LabelledImages(NamedTuple):

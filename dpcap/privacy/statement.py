@@ -19,7 +19,7 @@ _ENTROPY = (
     'noise key (64 bits, threefry) and sampling key (128 bits, Philox) drawn from the operating'
     " system's entropy, kept secret beside the run, in no checkpoint, log or config"
 )
-_SEED = 'keys derived from a fixed seed in the config: anybody can compute the noise; NO GUARANTEE'
+_SEED = 'keys derived from a fixed seed in the config: anybody can compute the noise'
 
 
 def make_statement(

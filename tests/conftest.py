@@ -1,0 +1,46 @@
+"""Shared by all tests: compiled programs, and how to run one of our programs."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+# One cache of compiled programs for this process and those it starts.
+_CACHE = tempfile.mkdtemp(prefix='dpcap-tests-')
+_CACHE_SETTINGS = {
+    'jax_compilation_cache_dir': _CACHE,
+    'jax_persistent_cache_min_compile_time_secs': 0.2,
+    'jax_persistent_cache_min_entry_size_bytes': 0,
+}
+for _name, _value in _CACHE_SETTINGS.items():
+  jax.config.update(_name, _value)
+
+
+@pytest.fixture(scope='session')
+def program():
+  """Starts `python -m MODULE ARGUMENTS` in the repository; returns a Popen with text pipes."""
+  environment = os.environ | {name.upper(): str(value) for name, value in _CACHE_SETTINGS.items()}
+  running = []
+
+  def start(module, *arguments, **more_environment):
+    process = subprocess.Popen(
+        [sys.executable, '-m', module, *arguments],
+        cwd=REPOSITORY,
+        env=environment | more_environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    running.append(process)
+    return process
+
+  yield start
+  for process in running:
+    process.kill()
+    process.communicate()

@@ -1,0 +1,153 @@
+"""Epsilon: the paper's runs, dp-accounting called directly, and calibration both ways."""
+
+import dataclasses
+import math
+import time
+
+import dp_accounting
+from dp_accounting import pld
+from dp_accounting import rdp
+import numpy as np
+import pytest
+
+from dpcap import privacy
+
+N = 233_804_767
+SMALL = dict(dataset_size=1000, expected_batch_size=100, steps=50, delta=1e-5, clip_norm=1.0)
+
+both = pytest.mark.parametrize('accountant', ['rdp', 'pld'])
+
+
+def make_plan(noise_multiplier, **changes):
+  return privacy.PrivacyPlan(**(SMALL | changes), noise_multiplier=noise_multiplier)
+
+
+@pytest.mark.parametrize(
+    'size, batch, noise_multiplier, steps, by_rdp, by_pld',
+    [
+        (N, 1_310_720, 0.728, 5708, 8.05, 7.34),
+        (N, 1_310_720, 1.18, 2854, 1.99, 1.78),
+        (N, 200_000, 0.513, 5700, 7.98, 6.85),
+        (N // 10, 131_072, 0.728, 5708, 7.35, 6.66),
+        (N // 100, 13_107, 0.728, 5708, 6.63, 5.96),
+    ],
+    ids=['main', 'epsilon 2', 'batch 200,000', '10% of the data', '1% of the data'],
+)
+def test_the_runs_of_the_paper_spend_what_the_design_says(
+    size, batch, noise_multiplier, steps, by_rdp, by_pld
+):
+  plan = privacy.PrivacyPlan(
+      dataset_size=size,
+      expected_batch_size=batch,
+      steps=steps,
+      delta=1 / size,
+      clip_norm=1.0,
+      noise_multiplier=noise_multiplier,
+  )
+  assert round(plan.epsilon(accountant='rdp'), 2) == by_rdp
+  assert round(plan.epsilon(accountant='pld'), 2) == by_pld
+  assert plan.epsilon() == plan.epsilon(accountant='pld')
+
+
+@pytest.mark.parametrize(
+    'accountant, make', [('rdp', rdp.RdpAccountant), ('pld', pld.PLDAccountant)]
+)
+def test_epsilon_is_that_of_dp_accounting_called_directly(rng, accountant, make):
+  for _ in range(3):
+    size = int(rng.integers(500, 5000))
+    batch, steps = int(rng.integers(1, size // 5)), int(rng.integers(1, 100))
+    delta, noise_multiplier = 10 ** rng.uniform(-8, -3), rng.uniform(1, 5)
+    plan = privacy.PrivacyPlan(size, batch, steps, delta, 1.0, noise_multiplier)
+    direct = make(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    direct.compose(
+        dp_accounting.PoissonSampledDpEvent(
+            batch / size, dp_accounting.GaussianDpEvent(noise_multiplier)
+        ),
+        steps,
+    )
+    expected = direct.get_epsilon(delta)
+    assert plan.epsilon(accountant=accountant) == pytest.approx(expected, rel=1e-6)
+    assert plan.sampling_probability == batch / size
+
+
+def test_without_subsampling_epsilon_is_that_of_the_gaussian_mechanism():
+  # Balle and Wang 2018 (arXiv 1805.06530), theorem 8: steps compose to one of sigma/sqrt(steps).
+  plan = make_plan(8.0, expected_batch_size=1000, steps=4)
+  epsilon, ratio = plan.epsilon(), 2 / 8.0
+  cdf = lambda x: (1 + math.erf(x / 2**0.5)) / 2
+  delta = cdf(ratio / 2 - epsilon / ratio) - math.exp(epsilon) * cdf(-ratio / 2 - epsilon / ratio)
+  assert delta == pytest.approx(plan.delta, rel=1e-2)
+
+
+@both
+def test_epsilon_rises_with_steps_and_batch_and_falls_with_noise_and_delta(accountant):
+  epsilon = lambda **changes: make_plan(
+      changes.pop('noise_multiplier', 2.0), accountant=accountant, **changes
+  ).epsilon()
+  for name, values, rises in (
+      ('steps', [1, 20, 50, 200], True),
+      ('expected_batch_size', [1, 50, 100, 1000], True),
+      ('noise_multiplier', [1.0, 2.0, 2.1, 8.0], False),
+      ('delta', [1e-9, 1e-5, 1e-4], False),
+  ):
+    bounds = np.array([epsilon(**{name: value}) for value in values])
+    assert np.all(np.diff(bounds) > 0 if rises else np.diff(bounds) < 0), name
+
+
+def test_the_pld_bound_is_the_tighter_one(rng):
+  for _ in range(4):
+    plan = make_plan(rng.uniform(0.9, 6), expected_batch_size=int(rng.integers(10, 1000)))
+    assert 0 < plan.epsilon(accountant='pld') < plan.epsilon(accountant='rdp')
+
+
+def test_more_releases_than_steps_cost_more(rng):
+  plan = make_plan(rng.uniform(1, 3))
+  assert plan.epsilon(plan.steps) == plan.epsilon()
+  assert plan.epsilon(plan.steps + 10) == dataclasses.replace(plan, steps=60).epsilon()
+  assert plan.epsilon(plan.steps - 1) < plan.epsilon() < plan.epsilon(plan.steps + 1)
+  assert plan.epsilon(0) == 0
+
+
+@pytest.mark.parametrize(
+    'epsilon, accountant', [(0.1, 'rdp'), (8.0, 'rdp'), (50.0, 'rdp'), (0.1, 'pld'), (1.0, 'pld')]
+)
+def test_calibration_finds_the_least_noise_within_epsilon(epsilon, accountant):
+  plan = privacy.calibrate(epsilon=epsilon, accountant=accountant, **SMALL)
+  assert 0.998 * epsilon <= plan.epsilon() <= epsilon
+  less = dataclasses.replace(plan, noise_multiplier=0.99 * plan.noise_multiplier)
+  assert less.epsilon() > epsilon
+  assert plan == make_plan(plan.noise_multiplier, accountant=accountant)
+
+
+def test_calibrating_the_main_run_by_rdp_gives_the_papers_noise():
+  main = dict(dataset_size=N, expected_batch_size=1_310_720, steps=5708, delta=1 / N, clip_norm=1.0)
+  plan = privacy.calibrate(epsilon=8.05, accountant='rdp', **main)
+  assert plan.noise_multiplier == pytest.approx(0.728, abs=5e-4)
+
+
+def test_calibrating_by_pld_needs_less_noise_than_by_rdp():
+  by_rdp, by_pld = (
+      privacy.calibrate(epsilon=1.0, accountant=name, **SMALL).noise_multiplier
+      for name in ('rdp', 'pld')
+  )
+  assert by_pld < by_rdp
+
+
+@both
+def test_an_epsilon_that_no_noise_meets_is_refused(accountant):
+  with pytest.raises(ValueError, match='epsilon is 1e-12.*no noise_multiplier.*raise epsilon'):
+    privacy.calibrate(epsilon=1e-12, accountant=accountant, **(SMALL | {'delta': 1e-15}))
+
+
+def test_next_to_no_noise_has_no_finite_bound_and_says_so_at_once():
+  start = time.monotonic()
+  for noise_multiplier in (1e-8, 1e-3, 0.02):
+    assert make_plan(noise_multiplier, steps=10_000).epsilon() == math.inf
+  assert time.monotonic() - start < 10
+
+
+def test_a_run_without_noise_has_infinite_epsilon():
+  for sampler in ('poisson', 'shuffle'):
+    plan = make_plan(0.0, mechanism='none', sampler=sampler)
+    assert plan.epsilon(accountant='rdp') == math.inf
+    assert plan.epsilon(accountant='pld') == math.inf

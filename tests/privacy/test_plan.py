@@ -1,0 +1,129 @@
+"""A plan: wrong values and pairs are refused at the door, by name."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from dpcap import privacy
+
+NAN, INF = float('nan'), float('inf')
+RIGHT = dict(
+    dataset_size=1000,
+    expected_batch_size=100,
+    steps=50,
+    delta=1e-5,
+    clip_norm=1.0,
+    noise_multiplier=1.5,
+)
+NOT_PRIVATE = dict(noise_multiplier=0.0, mechanism='none')
+
+SIZES = [
+    ('dataset_size', 0, 'at least 1'),
+    ('dataset_size', -5, 'at least 1'),
+    ('expected_batch_size', 0, 'from 1 to .*1000'),
+    ('expected_batch_size', -1, 'from 1 to .*1000'),
+    ('expected_batch_size', 1001, 'from 1 to .*1000'),
+    ('expected_batch_size', NAN, 'from 1 to .*1000'),
+    ('steps', 0, 'at least 1'),
+    ('steps', NAN, 'at least 1'),
+    ('delta', 0.0, 'above 0 and below 1'),
+    ('delta', 1.0, 'above 0 and below 1'),
+    ('delta', -1e-6, 'above 0 and below 1'),
+    ('delta', NAN, 'above 0 and below 1'),
+    ('clip_norm', 0.0, 'positive and finite'),
+    ('clip_norm', -1.0, 'positive and finite'),
+    ('clip_norm', INF, 'positive and finite'),
+    ('clip_norm', NAN, 'positive and finite'),
+    ('mechanism', 'laplace', 'gaussian, none'),
+    ('sampler', 'cyclic', 'poisson, shuffle'),
+    ('accountant', 'moments', 'pld, rdp'),
+]
+
+
+@pytest.mark.parametrize(
+    'field, value, allowed',
+    [
+        *SIZES,
+        ('noise_multiplier', 0.0, 'positive and finite'),
+        ('noise_multiplier', -0.5, 'positive and finite'),
+        ('noise_multiplier', INF, 'positive and finite'),
+        ('noise_multiplier', NAN, 'positive and finite'),
+    ],
+)
+def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(field, value, allowed):
+  with pytest.raises(ValueError, match=rf'{field} is {value!r};.*{allowed}'):
+    privacy.PrivacyPlan(**(RIGHT | {field: value}))
+
+
+@pytest.mark.parametrize(
+    'field, value, allowed',
+    [
+        *SIZES,
+        ('epsilon', 0.0, 'positive'),
+        ('epsilon', -8.0, 'positive'),
+        ('epsilon', -INF, 'positive'),
+        ('epsilon', NAN, 'positive'),
+        ('mechanism', 'none', 'epsilon is 8.0.*epsilon = inf'),
+    ],
+)
+def test_calibrate_refuses_the_same_and_a_wrong_epsilon(field, value, allowed):
+  right = {key: RIGHT[key] for key in RIGHT if key != 'noise_multiplier'} | {'epsilon': 8.0}
+  with pytest.raises(ValueError, match=rf'{field} is {value!r}.*{allowed}'):
+    privacy.calibrate(**(right | {field: value}))
+
+
+def test_a_sampler_that_no_accountant_covers_is_refused_with_the_pairs_that_go():
+  message = "sampler is 'shuffle' and mechanism is 'gaussian'.*poisson with gaussian"
+  with pytest.raises(ValueError, match=message):
+    privacy.PrivacyPlan(**RIGHT, sampler='shuffle')
+  right = {key: RIGHT[key] for key in RIGHT if key != 'noise_multiplier'}
+  with pytest.raises(ValueError, match=message):
+    privacy.calibrate(epsilon=8.0, sampler='shuffle', **right)
+
+
+@pytest.mark.parametrize('noise_multiplier', [1.5, -1.0, NAN])
+def test_noise_without_a_mechanism_is_refused(noise_multiplier):
+  with pytest.raises(ValueError, match=f'noise_multiplier is {noise_multiplier}.*must be 0'):
+    privacy.PrivacyPlan(**(RIGHT | NOT_PRIVATE | {'noise_multiplier': noise_multiplier}))
+
+
+@pytest.mark.parametrize('sampler', ['poisson', 'shuffle'])
+@pytest.mark.parametrize('mechanism', ['gaussian', 'none'])
+def test_infinite_epsilon_gives_the_plan_without_privacy(sampler, mechanism):
+  right = {key: RIGHT[key] for key in RIGHT if key != 'noise_multiplier'} | {'clip_norm': INF}
+  plan = privacy.calibrate(epsilon=INF, sampler=sampler, mechanism=mechanism, **right)
+  assert not plan.private
+  assert plan.epsilon() == math.inf
+  assert plan == privacy.PrivacyPlan(**(RIGHT | NOT_PRIVATE | right), sampler=sampler)
+
+
+def test_a_private_plan_is_private_and_frozen():
+  plan = privacy.PrivacyPlan(**RIGHT)
+  assert plan.private
+  assert plan.sampling_probability == 0.1
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    plan.noise_multiplier = 0.1
+
+
+def test_the_sampler_and_the_mechanism_carry_the_plans_numbers():
+  plan = privacy.PrivacyPlan(**(RIGHT | {'clip_norm': 0.3}))
+  sampler, mechanism = plan.make_sampler((1, 2)), plan.make_mechanism()
+  assert isinstance(sampler, privacy.SAMPLERS['poisson'])
+  assert isinstance(mechanism, privacy.MECHANISMS['gaussian'])
+  assert (sampler.dataset_size, sampler.expected_batch_size) == (1000, 100)
+  assert (mechanism.noise_multiplier, mechanism.clip_norm) == (1.5, 0.3)
+  np.testing.assert_array_equal(
+      sampler.draw(7), privacy.SAMPLERS['poisson'](1000, 100, (1, 2)).draw(7)
+  )
+  shuffled = privacy.PrivacyPlan(**(RIGHT | NOT_PRIVATE), sampler='shuffle')
+  assert len(shuffled.make_sampler((1, 2)).draw(0)) == 100
+  assert isinstance(shuffled.make_mechanism(), privacy.MECHANISMS['none'])
+
+
+def test_the_event_counts_releases():
+  event = privacy.PrivacyPlan(**RIGHT).event(7)
+  assert event.count == 7
+  assert event.event.sampling_probability == 0.1
+  assert event.event.event.noise_multiplier == 1.5

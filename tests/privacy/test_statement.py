@@ -1,0 +1,129 @@
+"""The statement: complete, readable by programs, and never more than is true."""
+
+import json
+import math
+
+import pytest
+
+from dpcap import privacy
+
+PLAN = privacy.PrivacyPlan(
+    dataset_size=12_345,
+    expected_batch_size=678,
+    steps=90,
+    delta=2.5e-6,
+    clip_norm=0.3,
+    noise_multiplier=1.75,
+)
+
+
+def make(plan=PLAN, steps=90, releases=90, fixed_seed=False):
+  return privacy.make_statement(
+      plan,
+      steps=steps,
+      releases=releases,
+      clipping_strategy='vmap',
+      fixed_seed=fixed_seed,
+      tokenizer='bert-uncased vocabulary',
+  )
+
+
+def without_noise(sampler='poisson'):
+  return privacy.calibrate(
+      epsilon=math.inf,
+      dataset_size=100,
+      expected_batch_size=10,
+      steps=5,
+      delta=1e-3,
+      clip_norm=math.inf,
+      sampler=sampler,
+  )
+
+
+def refuse(constant):
+  raise AssertionError(f'{constant} is no JSON')
+
+
+def test_all_that_invariant_10_asks_for_is_there():
+  statement = make(releases=93)
+  assert statement['private'] is True
+  assert statement['unit'] == 'one image-text pair'
+  assert 'zero-out' in statement['adjacency'] and 'replaced by nothing' in statement['adjacency']
+  assert 'Gaussian' in statement['mechanism'] and 'Poisson' in statement['sampler']
+  assert statement['dataset_size'] == 12_345
+  assert statement['expected_batch_size'] == 678
+  assert statement['sampling_probability'] == 678 / 12_345
+  assert statement['noise_multiplier'] == 1.75
+  assert statement['clip_norm'] == 0.3
+  assert statement['clipping'] == 'vmap'
+  assert statement['sensitivity_rounding_margin'] <= 1e-5
+  assert (statement['steps'], statement['releases']) == (90, 93)
+  assert statement['delta'] == 2.5e-6
+  assert statement['accountant'] == 'pld'
+  assert statement['epsilon'] == {
+      name: PLAN.epsilon(93, name) for name in ('pld', 'rdp')
+  }
+  for words in ('entropy', 'secret', '64 bits', '128 bits'):
+    assert words in statement['key_policy']
+  excluded = ' '.join(statement['not_covered'])
+  for words in ('diagnostics', 'hyper-parameters', 'vocabulary', 'filters', 'bert-uncased'):
+    assert words in excluded
+
+
+def test_the_text_says_the_numbers_and_what_is_not_covered():
+  statement = make(releases=93)
+  text = statement['text']
+  assert text == privacy.statement_text(statement)
+  epsilons = [f'{value:.3f} by {name}' for name, value in
+              (('PLD', PLAN.epsilon(93, 'pld')), ('RDP', PLAN.epsilon(93, 'rdp')))]
+  for words in (
+      *epsilons, '2.5e-06', '1.75', 'C = 0.3', '678', '12,345', '0.0549', '93', '90', 'Poisson',
+      'Gaussian', 'zero-out', 'one image-text pair', 'entropy', *statement['not_covered'],
+  ):
+    assert words in text, words
+  assert 'NO' not in text
+
+
+@pytest.mark.parametrize(
+    'statement',
+    [make(), make(fixed_seed=True), make(without_noise()), make(without_noise('shuffle'))],
+    ids=['private', 'seed', 'no noise', 'shuffled'],
+)
+def test_it_survives_json_without_nan_or_infinity(statement):
+  text = json.dumps(statement, allow_nan=False)
+  assert json.loads(text, parse_constant=refuse) == statement
+
+
+def test_a_fixed_seed_voids_the_guarantee():
+  statement = make(fixed_seed=True)
+  assert statement['private'] is False
+  assert 'seed' in statement['key_policy'] and 'entropy' not in statement['key_policy']
+  assert 'NO privacy guarantee' in statement['text'] and 'seed' in statement['text']
+  assert 'differentially private' not in statement['text']
+
+
+@pytest.mark.parametrize('fixed_seed', [False, True])
+@pytest.mark.parametrize('sampler', ['poisson', 'shuffle'])
+def test_infinite_epsilon_is_no_guarantee(sampler, fixed_seed):
+  statement = make(without_noise(sampler), fixed_seed=fixed_seed)
+  assert statement['private'] is False
+  assert statement['epsilon'] == {'pld': None, 'rdp': None}
+  assert statement['clip_norm'] is None
+  assert 'NO privacy guarantee' in statement['text'] and 'no noise' in statement['text']
+  assert 'differentially private' not in statement['text']
+
+
+def test_releases_beyond_the_steps_raise_epsilon_by_every_accountant():
+  exact, more = make(), make(releases=120)
+  for name in ('pld', 'rdp'):
+    assert more['epsilon'][name] > exact['epsilon'][name]
+
+
+def test_an_early_checkpoint_has_spent_less():
+  early, late = make(steps=10, releases=10), make()
+  assert 0 < early['epsilon']['pld'] < late['epsilon']['pld']
+
+
+def test_fewer_releases_than_steps_are_refused():
+  with pytest.raises(ValueError, match='releases is 3.*steps'):
+    make(steps=90, releases=3)

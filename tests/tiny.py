@@ -1,0 +1,31 @@
+"""A run that takes seconds: scenes of 16 px, a few steps. Also a config file for subprocesses."""
+
+from dpcap import config as config_lib
+from dpcap import data
+
+STEPS = 6
+
+
+def get_config():
+  """Deterministic (fixed seed), no worker processes."""
+  config = config_lib.base_config()
+  config.model.size = 'micro'
+  config.data.source = config_lib.source_config('scenes', split='train', size=400)
+  config.data.image_size = 16
+  config.data.text_length = 8
+  config.data.tokenizer = 'wordpiece'
+  config.data.vocabulary = data.SCENES_VOCABULARY
+  config.data.crop_scale = None
+  config.data.flip = False
+  config.data.workers = 0
+  config.privacy.noise_multiplier = 1.0
+  config.privacy.expected_batch_size = 20
+  config.privacy.seed = 0
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.warmup_steps = 1
+  config.mesh.physical_batch = 8
+  config.mesh.batches_per_chunk = 2
+  config.train.steps = STEPS
+  config.train.checkpoint_every = 2
+  config.train.log_every = 1
+  return config

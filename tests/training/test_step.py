@@ -1,0 +1,207 @@
+"""The step against a direct slow version of DP-SGD, and its invariants."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpcap import data
+from dpcap import privacy
+from dpcap.training import step as step_lib
+
+_BATCH, _EXPECTED, _CLIP, _SIGMA = 24, 20, 0.5, 0.7
+
+
+class Tiny(nn.Module):
+  """Loss of one example: a linear map from pixels to the first token."""
+
+  @nn.compact
+  def __call__(self, image, tokens):
+    self.variable('frozen', 'scale', lambda: jnp.full((), 2.0))
+    scale = self.get_variable('frozen', 'scale')
+    out = nn.Dense(5)(image.reshape(*image.shape[:-3], -1))
+    return optax.softmax_cross_entropy_with_integer_labels(scale * out, tokens[..., 0])
+
+
+def _plan(noise_multiplier=_SIGMA, **changes):
+  settings = dict(
+      dataset_size=1000, expected_batch_size=_EXPECTED, steps=10, delta=1e-3, clip_norm=_CLIP
+  )
+  return privacy.PrivacyPlan(noise_multiplier=noise_multiplier, **settings | changes)
+
+
+@functools.cache
+def _make(plan):
+  optimizer = optax.sgd(1.0)
+  model = Tiny()
+  state = step_lib.init_state(model, optimizer, 4, 3, seed=0)
+  step = step_lib.make_step(model, optimizer, plan, 'vmap')
+  return step, jax.device_get(state)
+
+
+def _examples(rng, n=_BATCH):
+  images = rng.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+  return data.Examples(images, rng.integers(0, 5, (n, 3), dtype=np.int32))
+
+
+def _accumulate(step, state, examples, mask, physical):
+  n = len(mask)
+  fold = lambda x: x.reshape(n // physical, physical, *x.shape[1:])
+  return step.accumulate(
+      state,
+      step_lib.zero_accumulator(state.params),
+      jax.tree.map(fold, examples),
+      fold(mask),
+      n // physical,
+  )
+
+
+def _direct_sum(state, examples, mask):
+  """Clipped sum, one example at a time, in float64 numpy from float32 gradients."""
+  loss_fn = step_lib.example_loss(Tiny(), state.frozen)
+  total = jax.tree.map(lambda p: np.zeros(p.shape), state.params)
+  for i in np.flatnonzero(mask):
+    example = jax.tree.map(lambda x, i=i: x[i], examples)
+    grad = jax.tree.map(np.float64, jax.grad(loss_fn)(state.params, example))
+    norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grad)))
+    total = jax.tree.map(lambda t, g, c=min(1, _CLIP / norm): t + c * g, total, grad)
+  return total
+
+
+def _copy(state):
+  return jax.tree.map(jnp.array, state)
+
+
+@pytest.fixture(name='rng')
+def _rng():
+  seed = np.random.SeedSequence().entropy
+  print('seed', seed)
+  return np.random.default_rng(seed)
+
+
+def _close(a, b, tolerance=2e-6):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), a, b)
+
+
+@pytest.mark.parametrize('physical', [1, 4, 24])
+def test_accumulated_sum_equals_direct_sum_for_any_physical_batch(rng, physical):
+  step, state = _make(_plan())
+  examples, mask = _examples(rng), rng.random(_BATCH) < 0.8
+  accumulator = _accumulate(step, state, examples, mask, physical)
+  _close(accumulator.sum, _direct_sum(state, examples, mask), 2e-5)
+  assert accumulator.examples == mask.sum()
+
+
+def test_physical_batches_past_live_are_not_looked_at(rng):
+  step, state = _make(_plan())
+  examples, mask = _examples(rng), np.ones(_BATCH, bool)
+  fold = lambda x: x.reshape(6, 4, *x.shape[1:])
+  args = jax.tree.map(fold, examples), fold(mask), 2
+  accumulator = step.accumulate(state, step_lib.zero_accumulator(state.params), *args)
+  assert accumulator.examples == 8
+  _close(accumulator.sum, _direct_sum(state, examples, np.arange(_BATCH) < 8), 2e-5)
+
+
+@pytest.mark.parametrize('drawn', [0, 3, 24])
+def test_update_divides_by_expected_not_sampled_batch_size(rng, drawn):
+  step, state = _make(_plan())
+  examples, mask = _examples(rng), np.arange(_BATCH) < drawn
+  accumulator = _accumulate(step, state, examples, mask, 4)
+  key = jax.random.key(int(rng.integers(1 << 31)))
+  noisy, _ = _plan().make_mechanism().add_noise(key, 0, accumulator.sum, ())
+  expected = jax.tree.map(lambda p, g: p - g / _EXPECTED, state.params, noisy)
+  new_state, _, _ = step.update(_copy(state), accumulator, key, ())
+  _close(new_state.params, expected)
+  assert new_state.step == 1
+
+
+def test_noise_is_added_once_however_many_physical_batches(rng):
+  """The variance of the released sum is (sigma C)^2, for 1 and for 24 physical batches."""
+  step, state = _make(_plan())
+  examples, mask = _examples(rng), np.zeros(_BATCH, bool)
+  for physical in (1, 24):
+    noise = []
+    for i in range(30):
+      accumulator = _accumulate(step, state, examples, mask, physical)
+      new, _, _ = step.update(
+          _copy(state), accumulator, jax.random.key(int(rng.integers(1 << 31))), ()
+      )
+      moved = jax.tree.map(lambda a, b: (a - b) * _EXPECTED, state.params, new.params)
+      noise += [np.ravel(x) for x in jax.tree.leaves(moved)]
+    noise = np.concatenate(noise)
+    # About 7,000 draws: the deviation is known to 0.9%; allow six times that.
+    np.testing.assert_allclose(noise.std(), _SIGMA * _CLIP, rtol=0.055)
+
+
+def test_noise_differs_between_steps_and_repeats_on_replay(rng):
+  step, state = _make(_plan())
+  accumulate = lambda: _accumulate(step, state, _examples(rng), np.zeros(_BATCH, bool), 4)
+  key = jax.random.key(1)
+  update = lambda s: step.update(_copy(state._replace(step=np.int32(s))), accumulate(), key, ())
+  first, again, second = update(0)[0], update(0)[0], update(1)[0]
+  jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+  assert not np.allclose(jax.tree.leaves(first.params)[1], jax.tree.leaves(second.params)[1])
+
+
+def test_frozen_tensors_never_move(rng):
+  step, state = _make(_plan())
+  accumulator = _accumulate(step, state, _examples(rng), np.ones(_BATCH, bool), 4)
+  new, _, _ = step.update(_copy(state), accumulator, jax.random.key(0), ())
+  jax.tree.map(np.testing.assert_array_equal, new.frozen, state.frozen)
+
+
+def test_non_finite_loss_contributes_zero_and_is_counted(rng):
+  step, state = _make(_plan())
+  params = jax.tree.map(lambda p: np.where(np.arange(p.size).reshape(p.shape) == 0, np.inf, p),
+                        state.params)
+  accumulator = _accumulate(
+      step, state._replace(params=params), _examples(rng), np.ones(_BATCH, bool), 4
+  )
+  assert accumulator.unusable == _BATCH
+  assert all(np.all(g == 0) for g in jax.tree.leaves(accumulator.sum))
+  new, _, diagnostics = step.update(_copy(state), accumulator, jax.random.key(0), ())
+  assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(new.params))
+  assert diagnostics['unusable_gradients'] == _BATCH
+
+
+def test_step_without_privacy_is_the_plain_gradient(rng):
+  plan = privacy.calibrate(
+      epsilon=np.inf, dataset_size=1000, expected_batch_size=_EXPECTED, steps=10, delta=1e-3,
+      clip_norm=_CLIP,
+  )
+  step, state = _make(plan)
+  examples = _examples(rng)
+  accumulator = _accumulate(step, state, examples, np.ones(_BATCH, bool), 4)
+  new, _, _ = step.update(_copy(state), accumulator, jax.random.key(0), ())
+  loss_fn = step_lib.example_loss(Tiny(), state.frozen)
+  total = jax.grad(lambda p: sum(
+      loss_fn(p, jax.tree.map(lambda x, i=i: x[i], examples)) for i in range(_BATCH)))
+  expected = jax.tree.map(
+      lambda p, g: p - g / _EXPECTED, state.params, total(state.params))
+  _close(new.params, expected, 2e-5)
+
+
+def test_one_compiled_program_serves_every_draw(rng):
+  step, state = _make(_plan())
+  for live in (1, 3, 6):
+    examples = jax.tree.map(lambda x: x.reshape(6, 4, *x.shape[1:]), _examples(rng))
+    mask = np.ones((6, 4), bool)
+    step.accumulate(state, step_lib.zero_accumulator(state.params), examples, mask, live)
+  compiled = step.accumulate._cache_size()
+  step.accumulate(
+      state, step_lib.zero_accumulator(state.params), examples, rng.random((6, 4)) < 0.5, 5
+  )
+  assert step.accumulate._cache_size() == compiled
+
+
+def test_noise_key_is_no_constant_of_the_compiled_program():
+  step, state = _make(_plan())
+  keys = privacy.Keys((0x12345678, 0x1ABCDEF0), (1, 2))
+  lowered = step.update.lower(
+      state, step_lib.zero_accumulator(state.params), keys.noise_key(), ()
+  ).as_text()
+  assert str(0x12345678) not in lowered and str(0x1ABCDEF0) not in lowered

@@ -1,0 +1,42 @@
+"""Prints what a config guarantees, without its data: epsilon by each accountant.
+
+    python -m tools.privacy --config=FILE[:argument] [--config.key=value ...]
+
+One JSON line. `dataset_size` is the config's, or else that of its source. An accountant that
+does not cover the run, or gives no finite bound, is null.
+"""
+
+import json
+
+from dpcap import command_line
+from dpcap import privacy
+from dpcap.training import build
+
+_CONFIG = command_line.define_config()
+
+
+def main() -> None:
+  """Reads the config, calibrates or accounts, prints."""
+  config = command_line.load_config(_CONFIG)
+  size = config.data.dataset_size or len(build.make_source(config, config.data.source))
+  plan = build.make_plan(config, size)
+  print(
+      json.dumps(
+          {
+              **{
+                  f'epsilon_{name}': privacy.accounting.finite_or_none(plan.epsilon(accountant=name))
+                  for name in privacy.ACCOUNTANTS
+              },
+              'delta': plan.delta,
+              'noise_multiplier': plan.noise_multiplier,
+              'sampling_probability': plan.sampling_probability,
+              'steps': plan.steps,
+              'expected_batch_size': plan.expected_batch_size,
+              'dataset_size': plan.dataset_size,
+          }
+      )
+  )
+
+
+if __name__ == '__main__':
+  command_line.run(main)
