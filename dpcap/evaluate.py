@@ -11,13 +11,12 @@ import json
 import pathlib
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from dpcap import command_line
 from dpcap import data
 from dpcap import evals
 from dpcap.errors import UserError
+from dpcap.evals import table
 from dpcap.training import build
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.optimizer import make_optimizer
@@ -43,7 +42,7 @@ def main() -> None:
     result = evals.EVALUATORS[options.pop('name')](subject, **options)
     results[name] = result
     write_result(workdir, name, result, checkpoint)
-  show(results)
+  table.show(results)
 
 
 def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
@@ -113,25 +112,6 @@ def write_result(
     path.write_text(json.dumps(record, indent=2) + '\n')
   except OSError as e:
     raise UserError(f'{path}: cannot be written ({e.strerror})') from e
-
-
-def show(results: dict[str, evals.Result]) -> None:
-  """Prints one table of all results."""
-  table = Table()
-  for column, justify in (
-      ('evaluation', 'left'), ('metric', 'left'), ('value', 'right'), ('95% interval', 'right'), ('n', 'right')
-  ):
-    table.add_column(column, justify=justify)
-  for name, result in results.items():
-    interval = result.details.get('interval95')
-    table.add_row(
-        name,
-        result.metric,
-        f'{100 * result.value:.1f}%',
-        f'{100 * interval[0]:.1f} – {100 * interval[1]:.1f}' if interval else '',
-        f'{result.n:,}',
-    )
-  Console().print(table)
 
 
 if __name__ == '__main__':

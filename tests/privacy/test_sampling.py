@@ -148,6 +148,19 @@ def test_small_data_in_all_virtual_shards_is_drawn_with_probability_q(rng):
   assert_frequency(counts.sum(), steps * 10, 0.4, sampler.key)
 
 
+def test_a_shard_is_drawn_to_its_end_however_short_the_gaps(monkeypatch):
+  class Shortest:
+    """All gaps 1: as unlikely as can be, and possible."""
+
+    def geometric(self, q, count):
+      del q
+      return np.ones(count, np.int64)
+
+  monkeypatch.setattr(sampling, '_generator', lambda *args: Shortest())
+  sampler = SAMPLERS['poisson'](200_000, 50, (0, 0))
+  np.testing.assert_array_equal(sampler.draw(0), np.arange(200_000))
+
+
 @pytest.mark.parametrize('size', [1, 9, 1024, 2500])
 def test_probability_one_draws_everything(rng, size):
   np.testing.assert_array_equal(make_poisson(rng, size, size).draw(3), np.arange(size))

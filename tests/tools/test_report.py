@@ -1,11 +1,9 @@
-"""The page about a run: self-contained, escaped, true to the files, and never broken by them."""
+"""The pages about a run: self-contained, escaped, true to the files, and apart by privacy."""
 
 import html
 import json
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,80 +11,91 @@ import pytest
 from dpcap import config as config_lib
 from dpcap import data
 from dpcap.errors import UserError
+from tests import tiny
 from tools import report
+from tools.report_parts import captions
+from tools.report_parts import page
+from tools.report_parts import probes
+from tools.report_parts.run import read_run
 
 CLASSES = ['red', 'blue', '<b>&"green"']
+METRICS = [
+    {'step': 500, 'epsilon': 6.5, 'learning_rate': 0.001, 'images_per_second': 91.4},
+    {'step': 1000, 'epsilon': 7.98765, 'learning_rate': 0.00025, 'images_per_second': 94.2},
+]
+DIAGNOSTICS = [
+    {'step': 500, 'loss': 2.5, 'gradient_norm': 3.25, 'clip_fraction': 1.0},
+    {'step': 1000, 'loss': 1.6789, 'gradient_norm': 2.75, 'clip_fraction': 0.875},
+]
+PRIVATE_FIGURES = ('1.6789', '2.75 at step', '87.5%')
 
 
-def write_run(workdir, statement=(), config=(), metrics=None, diagnostics=None, evals=None):
-  """A small workdir; `statement` and `config` (by 'section.key') are laid over the usual."""
-  tree = config_lib.base_config()
-  tree.model.size = 'demo'
-  tree.data.image_size = 32
-  tree.data.source = config_lib.source_config('scenes', split='train', size=1000)
-  tree.privacy.epsilon = 8.0
-  tree = json.loads(config_lib.to_json(tree))
-  source = {'name': 'scenes', 'split': 'test', 'size': 10, 'label': 'color'}
-  tree['evals'] = {'captions': {'name': 'captions', 'images': 2, 'source': source}}
-  for key, value in dict(config).items():
-    section, name = key.split('.')
-    tree[section][name] = value
+def write_run(workdir, statement=(), change=lambda config: None, metrics=METRICS,
+              diagnostics=DIAGNOSTICS, evals=None):
+  """A small workdir of 'micro' on scenes; `statement` is laid over the usual one."""
+  config = tiny.get_config()
+  config.privacy.update(noise_multiplier=None, epsilon=8.0)
+  for name in ('private_features', 'raw_pixels', 'untrained'):
+    config.evals[name] = config_lib.evaluator_config(
+        'linear_probe', train=source('validation'), test=source('test')
+    )
+  config.evals.captions = config_lib.evaluator_config('captions', source=source('test'))
+  change(config)
   usual = {
-      'private': True, 'accountant': 'pld', 'epsilon': {'pld': 7.98765, 'rdp': 10.0366},
+      'private': True, 'accountant': 'pld', 'epsilon': {'rdp': 10.0366, 'pld': 7.98765},
       'delta': 1e-6, 'noise_multiplier': 0.54321, 'clip_norm': 1.25, 'dataset_size': 1000,
       'expected_batch_size': 100, 'sampling_probability': 0.1, 'steps': 1000,
       'not_covered': ['the <vocabulary>', 'other runs'], 'text': 'This model is <private>.',
   }
   workdir.mkdir(exist_ok=True)
-  (workdir / 'config.json').write_text(json.dumps(tree))
+  (workdir / 'config.json').write_text(config_lib.to_json(config))
   (workdir / 'privacy.json').write_text(json.dumps(usual | dict(statement)))
   for name, lines in (('metrics', metrics), ('diagnostics.private', diagnostics)):
-    if lines is not None:
+    if lines:
       (workdir / f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   for name, record in (evals or {}).items():
     (workdir / 'evals').mkdir(exist_ok=True)
-    (workdir / 'evals' / f'{name}.json').write_text(json.dumps({'name': name} | record))
+    record = {'name': name, 'checkpoint': '/elsewhere/1000'} | record
+    (workdir / 'evals' / f'{name}.json').write_text(json.dumps(record))
   return workdir
 
 
-def probe(features, value, interval, **more):
-  per_class = dict(zip(CLASSES, (0.111, 0.222, None)))
+def source(split, **options):
+  return config_lib.source_config('scenes', split=split, size=10, **options)
+
+
+def probe(features, value, interval, classes=CLASSES):
+  per_class = dict(zip(classes, (0.111, 0.222)))  # the last one has no test image
   return {
-      'metric': 'top1', 'value': value, 'n': 4321, 'checkpoint': '/elsewhere/1000',
-      'interval95': interval, 'features': features, 'classes': CLASSES, 'per_class': per_class,
-  } | more
+      'metric': 'top1', 'value': value, 'n': 4321, 'n_train': 9876, 'interval95': interval,
+      'features': features, 'classes': classes, 'per_class': per_class,
+  }
 
 
-FULL = dict(
-    metrics=[
-        {'step': 500, 'epsilon': 6.5, 'learning_rate': 0.001, 'images_per_second': 91.4},
-        {'step': 1000, 'epsilon': 7.98765, 'learning_rate': 0.00025, 'images_per_second': 94.2},
-    ],
-    diagnostics=[
-        {'step': 500, 'loss': 2.5, 'gradient_norm': 3.25, 'clip_fraction': 1.0},
-        {'step': 1000, 'loss': 1.6789, 'gradient_norm': 2.75, 'clip_fraction': 0.875},
-    ],
-    evals={
-        'private_features': probe('model', 0.9123, [0.9012, 0.9234]),
-        'raw_pixels': probe('pixels', 0.8567, [0.8456, 0.8678]),
-        'captions': {
-            'metric': 'exact_match', 'value': 0.5, 'n': 2,
-            'captions': [
-                {'index': 0, 'written': 'a red cross', 'given': 'a large red ring'},
-                {'index': 1, 'written': '<i>x</i>', 'given': '<i>x</i>'},
-            ],
-        },
+EVALS = {
+    'private_features': probe('model', 0.9123, [0.9012, 0.9234]),
+    'raw_pixels': probe('pixels', 0.8567, [0.8456, 0.8678]),
+    'captions': {
+        'metric': 'exact_match', 'value': 0.5, 'n': 2,
+        'captions': [
+            {'index': 0, 'written': 'a red cross', 'given': 'a large red ring'},
+            {'index': 1, 'written': '<i>x</i>', 'given': '<i>x</i>'},
+        ],
     },
-)
+}
 
 
 @pytest.fixture(scope='module')
 def full(tmp_path_factory):
-  return report.make_page(report.read_run(write_run(tmp_path_factory.mktemp('run'), **FULL)))
+  return pages(tmp_path_factory.mktemp('run'), evals=EVALS)
 
 
-def page(workdir, **files):
-  return report.make_page(report.read_run(write_run(workdir, **files)))
+def pages(workdir, **files):
+  return page.make_pages(read_run(write_run(workdir, **files)))
+
+
+def public(workdir, **files):
+  return pages(workdir, **files)['report.html']
 
 
 def plain(text):
@@ -95,48 +104,83 @@ def plain(text):
   return ' '.join(html.unescape(re.sub(r'<[^>]*>', ' ', text)).split())
 
 
+def verdicts(workdir, **files):
+  return [probes.verdict(group) for group in probes.comparable(read_run(write_run(workdir, **files)))]
+
+
 def test_loads_nothing(full):
-  references = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]*)', full)
-  assert references and all(r.startswith(('data:image/', '#')) for r in references)
-  assert not re.search(r'<script|<link|<iframe|@import', full)
-  assert all(u.startswith('#') for u in re.findall(r'url\(([^)]*)\)', full))
-  assert "default-src 'none'" in full
+  for text in full.values():
+    references = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]*)', text)
+    assert references and all(r.startswith(('data:image/', '#')) for r in references)
+    assert not re.search(r'<script|<link|<iframe|@import', text)
+    assert all(u.startswith('#') for u in re.findall(r'url\(([^)]*)\)', text))
+    assert "default-src 'none'" in text
 
 
 def test_figures_are_those_of_the_files(full):
-  text = plain(full)
+  text = plain(full['report.html'])
   for figure in (
-      '7.988', '10.037', '10 −6', '0.5432', '1.25',  # the statement
-      '1,000 steps', 'expected batch 100', '100 epochs', '1,000 image–text pairs',
-      '91.2%', '90.1 – 92.3', '85.7%', '84.6 – 86.8', '33.3%', '4,321',  # the probes
-      '1.6789 at step 1,000', '2.75 at step', '87.5% at step', '0.00025 at step', '94 at step',
-      'Exact match: 50.0% of 2',
+      '7.988', '10.037', '1 × 10 −6', '0.5432', '1.25',  # the statement
+      '1,000 steps of 6 planned', 'expected batch 100', '100 epochs', '1,000 image–text pairs',
+      '91.2%', '90.1 – 92.3', '85.7%', '84.6 – 86.8', '33.3%', '4,321', '9,876',  # the probes
+      'label color', '11.1%', '22.2%',
+      '7.988 at step 1,000', '0.00025 at step', '94 at step', '50.0% of 2',
   ):
     assert figure in text, figure
   assert 'the <vocabulary>' in text and 'This model is <private>.' in text
-  assert '11.1' in full and '22.2' in full  # by class
   assert 'NO PRIVACY' not in text
 
 
+def test_parameters_are_counted(full):
+  # Worked out by hand for micro at 16 px, text length 8 would only repeat the model's code:
+  # a number of the right order shows that it is there.
+  count = int(re.search(r'\(([\d,]+) parameters', plain(full['report.html']))[1].replace(',', ''))
+  assert 5_000 < count < 50_000
+
+
+def test_diagnostics_are_on_the_private_page_only(full):
+  assert list(full) == ['report.html', 'report.private.html']
+  for figure in (*PRIVATE_FIGURES, 'Private: do not publish', 'shows private diagnostics'):
+    assert figure in plain(full['report.private.html'])
+    assert figure not in plain(full['report.html'])
+
+
+def test_diagnostics_do_not_touch_the_public_page(full, tmp_path):
+  without_time = lambda text: re.sub(r'Written [^.]*', '', text)
+  other = pages(tmp_path, evals=EVALS, diagnostics=None)
+  assert list(other) == ['report.html']
+  ids = lambda text: re.sub(r'\b[mp][0-9a-f]{10}\b', '', text)  # of matplotlib, at random
+  assert ids(without_time(other['report.html'])) == ids(without_time(full['report.html']))
+
+
 def test_names_are_escaped(full, tmp_path):
-  assert html.escape(CLASSES[2]) in full
   hostile = '<script>alert(1)</script>'
-  text = page(
+  assert html.escape(CLASSES[2]) in full['report.html']
+
+  def change(config):
+    config.data.source = config_lib.source_config('tar_shards', path=hostile)
+    entry = config.evals.private_features
+    entry.test = config_lib.source_config('tar_shards', path='x', label_key=hostile)
+
+  text = public(
       tmp_path,
-      statement=dict.fromkeys(('text', 'accountant', 'steps', 'delta'), hostile)
-      | {'not_covered': [hostile], 'epsilon': {hostile: 8.0}},
-      config={'model.size': hostile, 'data.source': {'name': hostile, 'split': hostile}},
+      statement={'text': hostile, 'not_covered': [hostile]},
+      change=change,
       evals={
-          'a': probe(hostile, 0.5, [0.4, 0.6], name=hostile, checkpoint=hostile),
-          'b': {'metric': hostile, 'value': 1, 'n': hostile},
-          'c': {'metric': hostile, 'captions': [dict.fromkeys(('written', 'given'), hostile)]},
+          'private_features': probe('model', 0.5, [0.4, 0.6], [hostile, 'b']),
+          'a': probe('model', 0.5, [0.4, 0.6]) | {'name': hostile, 'checkpoint': hostile},
+          'b': {'name': hostile, 'metric': hostile, 'value': 0.5, 'n': 2},
+          'captions': EVALS['captions']
+          | {'captions': [{'index': 0, 'written': hostile, 'given': hostile + 'x'}]},
       },
   )
-  assert '<script' not in text and '&lt;script&gt;' in text
+  assert '<script' not in text and text.count('&lt;script&gt;') > 8
 
 
-def test_model_above_all_others(full):
-  assert 'Private features is above every other probe' in full
+def test_model_above_all_others(tmp_path, full):
+  said = 'Private features is above every other probe: its interval starts at 90.1%'
+  assert verdicts(tmp_path, evals=EVALS)[0].startswith(said)
+  assert said in full['report.html']
 
 
 @pytest.mark.parametrize(
@@ -148,124 +192,153 @@ def test_model_above_all_others(full):
     ],
 )
 def test_model_not_above_says_so(tmp_path, value, interval, said):
-  evals = FULL['evals'] | {'private_features': probe('model', value, interval)}
-  text = plain(page(tmp_path, evals=evals))
-  assert 'is not above every other probe' in text and said in text
+  worse = probe('untrained', 0.1, [0.05, 0.15])
+  own = {'private_features': probe('model', value, interval)}
+  (verdict,) = verdicts(tmp_path, evals=EVALS | own | {'untrained': worse})
+  assert 'is not above every other probe' in verdict and verdict.endswith(f': {said}.')
 
 
-def test_other_test_sets_are_not_compared(tmp_path):
-  evals = FULL['evals'] | {'raw_pixels': probe('pixels', 0.1, [0.0, 0.2], n=17)}
-  assert 'no other probe on this test set' in page(tmp_path, evals=evals)
+@pytest.mark.parametrize('role', ['train', 'test'])
+def test_other_sources_are_not_compared(tmp_path, role):
+  """Same classes, same numbers: only the config tells that the images differ."""
+
+  def change(config):
+    config.evals.raw_pixels[role].size = 11
+
+  own, other = verdicts(tmp_path, evals=EVALS, change=change)
+  assert own == (
+      'Private features: there is nothing to compare it with on the same train and test images.'
+  )
+  assert other.startswith('Raw pixels: there is nothing')
+
+
+def test_each_question_has_its_verdict(tmp_path):
+  def change(config):
+    for name in ('private_features', 'raw_pixels'):
+      config.evals[f'{name}_count'] = config_lib.evaluator_config(
+          'linear_probe', train=source('validation', label='count'),
+          test=source('test', label='count'),
+      )
+
+  count = {
+      'private_features_count': probe('model', 0.3, [0.2, 0.4]),
+      'raw_pixels_count': probe('pixels', 0.35, [0.25, 0.45]),
+  }
+  color, counted = verdicts(tmp_path, evals=EVALS | count, change=change)
+  assert 'Private features is above' in color and '(raw pixels)' in color
+  assert 'Private features count (30.0%) is not above' in counted
+  assert 'raw pixels count cannot' in counted
+  text = plain(public(tmp_path))
+  assert 'label color' in text and 'label count' in text
+
+
+def test_evaluations_that_another_config_asked_for(tmp_path):
+  evals = {'x': probe('model', 0.9, [0.8, 0.95]), 'y': probe('pixels', 0.1, [0.05, 0.2])}
+  assert all('nothing to compare' in verdict for verdict in verdicts(tmp_path, evals=evals))
+  evals['others'] = EVALS['captions']
+  evals['aro'] = {'metric': 'accuracy', 'value': 0.625, 'n': 8}
+  text = public(tmp_path, evals=evals)
+  assert 'Without images: config.json has no evals.others' in text and '<img' not in text
+  assert 'aro: accuracy 62.5% of 8' in text
 
 
 def test_captions_mark_what_is_wrong():
-  written, given = report.mark_words('a red cross & more', 'a large red ring')
+  written, given = captions.mark_words('a red cross & more', 'a large red ring')
   assert written == 'a red <mark>cross &amp; more</mark>'
   assert given == 'a <u>large</u> red <u>ring</u>'
-  assert report.mark_words('', 'a b') == ('', '<u>a b</u>')
+  assert captions.mark_words('', 'a b') == ('', '<u>a b</u>')
 
 
 def test_images_are_those_of_the_source(full):
-  source = data.make_source('scenes', image_size=32, split='test', size=10)
+  scenes = data.make_source('scenes', image_size=16, split='test', size=10)
   for index in (0, 1):
-    assert report.image_uri(source[index]['image']) in full
-  assert report.image_uri(np.zeros((300, 300, 3), np.uint8)).startswith('data:image/jpeg')
+    assert captions.image_uri(scenes[index]['image']) in full['report.html']
+  assert captions.image_uri(np.zeros((300, 300, 3), np.uint8)).startswith('data:image/jpeg')
 
 
-def test_no_privacy(tmp_path):
-  # A fixed seed: the accountant has a number, the run no guarantee.
-  text = plain(page(tmp_path, statement={'private': False}, metrics=FULL['metrics']))
+@pytest.mark.parametrize(
+    'statement',
+    [
+        # A fixed seed: the accountant has a number, the run no guarantee.
+        {'private': False},
+        {'private': False, 'epsilon': {'pld': None}, 'clip_norm': None, 'noise_multiplier': 0.0},
+    ],
+)
+def test_no_privacy(tmp_path, statement):
+  text = plain(public(tmp_path, statement=statement))
   assert 'NO PRIVACY' in text and '∞' in text and 'Epsilon spent' not in text
   assert '7.988' not in text and '10.037' not in text
+  assert read_run(tmp_path).epsilon_text().startswith('NO PRIVACY')
 
 
-def test_infinite_epsilon(tmp_path):
-  text = plain(page(tmp_path, statement={'epsilon': {'pld': None, 'rdp': math.nan}}))
-  assert text.count('no finite bound') == 2
+def test_epsilon_without_a_bound(tmp_path):
+  run = read_run(write_run(tmp_path, statement={'epsilon': {'pld': None, 'rdp': 3.0}}))
+  assert 'no finite bound' in plain(page.make_pages(run)['report.html'])
+  assert run.epsilon_text() == 'epsilon no finite bound by PLD, 3.000 by RDP; delta 1e-06'
 
 
 def test_missing_parts_are_said(tmp_path):
-  text = plain(page(tmp_path, config={'train.diagnostics': False}))
-  assert 'has not been evaluated' in text
-  assert 'diagnostics were switched off' in text
-  assert 'metrics.jsonl has no finite value' in text
+  text = plain(public(tmp_path, metrics=None, diagnostics=None))
+  assert 'has not been evaluated' in text and 'metrics.jsonl has no finite value' in text
 
 
-def test_numbers_that_are_none(tmp_path):
-  nan = math.nan
-  line = {'step': 1, 'epsilon': None, 'learning_rate': nan, 'images_per_second': math.inf}
-  text = page(
-      tmp_path,
-      statement={'delta': None, 'noise_multiplier': nan, 'clip_norm': None, 'steps': None},
-      metrics=[line],
-      diagnostics=[{'step': 1, 'loss': nan}, {'step': 2, 'loss': 3.5}, {'step': 3, 'loss': None}],
-      evals={'a': probe('model', nan, [nan, None]), 'b': probe('pixels', None, None, n=None),
-             'c': probe('model', 0.5, [0.4, 0.6], classes=None, per_class=None)},
-  )
-  assert '3.5000' in plain(text)
-  assert not re.search(r'\b(nan|none|inf)\b', plain(text.split('<footer')[0]), re.IGNORECASE)
+def test_values_that_are_not_finite(tmp_path):
+  lines = [dict(DIAGNOSTICS[0], step=i, loss=loss) for i, loss in enumerate((math.nan, 3.5, None))]
+  metrics = [METRICS[0] | {'epsilon': None, 'learning_rate': math.inf}]
+  text = pages(tmp_path, metrics=metrics, diagnostics=lines)['report.private.html']
+  assert '3.5000 at step 1' in plain(text) and 'Throughput' in text
+  assert 'Epsilon spent' not in text and 'Learning rate' not in text
+
+
+def test_the_vocabulary_may_be_elsewhere(tmp_path):
+  def change(config):
+    config.data.vocabulary = '/nonexistent/words.txt'
+
+  text = plain(public(tmp_path, change=change))
+  assert 'size micro (a ViT encoder of 1 layers' in text
 
 
 @pytest.mark.parametrize('count, drawn', [(40, True), (41, False)])
 def test_classes_are_drawn_up_to_a_number(tmp_path, count, drawn):
-  per_class = {f'class {i}': 0.5 for i in range(count)}
-  record = probe('model', 0.5, [0.4, 0.6], classes=list(per_class), per_class=per_class)
-  assert ('By class' in page(tmp_path, evals={'a': record})) == drawn
-
-
-def test_long_captions_are_cut(tmp_path):
-  entries = [{'index': 10**9, 'written': 'word ' * 5000, 'given': 'x' * 5000}, {}]
-  text = page(tmp_path, evals={'captions': {'metric': 'exact_match', 'captions': entries}})
-  assert len(plain(text)) < 20_000 and 'no image' in text
-
-
-def test_captions_without_their_source(tmp_path):
-  text = page(tmp_path, evals={'others': FULL['evals']['captions']})
-  assert 'Without images: config.json has no evals.others.source' in text and '<img' not in text
+  record = probe('model', 0.5, [0.4, 0.6], [f'class {i}' for i in range(count)])
+  assert ('by class' in public(tmp_path, evals={'private_features': record})) == drawn
 
 
 @pytest.mark.parametrize(
     'name, content, said',
     [
-        ('config.json', None, 'not the workdir of a run'),
-        ('config.json', '{"model": 3}', 'it lacks data.source.name'),
-        ('config.json', '[1]', 'not a JSON object'),
-        ('privacy.json', None, 'comes with the first checkpoint'),
-        ('privacy.json', '{"private": true}', 'it lacks epsilon'),
+        ('config.json', None, 'give the workdir of a run'),
+        ('config.json', '{"model": {', 'not JSON'),
+        ('config.json', '{"model": 3}', 'data is missing'),
+        ('privacy.json', None, 'with a checkpoint'),
         ('privacy.json', '{"private', 'not JSON'),
-        ('evals/captions.json', 'x', 'not JSON'),
-        ('metrics.jsonl', b'\xff\xfe', 'not text'),
+        ('privacy.json', '', 'not JSON'),
+        ('evals/captions.json', b'\xff\xfe', 'not JSON'),
     ],
 )
 def test_damage_is_refused(tmp_path, name, content, said):
-  path = write_run(tmp_path, **FULL) / name
+  path = write_run(tmp_path, evals=EVALS) / name
   path.unlink()
   if content is not None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(UserError, match=said) as failure:
-    report.read_run(tmp_path)
+    read_run(tmp_path)
   assert name in str(failure.value)
 
 
-def test_no_workdir(tmp_path):
-  with pytest.raises(UserError, match='no such directory'):
-    report.read_run(tmp_path / 'absent')
-
-
 def test_writes_and_prints(tmp_path, capsys):
-  report.write_report(write_run(tmp_path, **FULL), diagnostics=False)
-  printed, text = capsys.readouterr().out, (tmp_path / 'report.html').read_text()
-  assert printed.splitlines()[-1] == str(tmp_path / 'report.html')
-  assert '91.2%' in printed and '7.988 by PLD' in printed
-  assert '1.6789' not in text and 'Loss, gradient norm and clip fraction are left out' in text
+  report.write_report(write_run(tmp_path, evals=EVALS))
+  printed = capsys.readouterr().out
+  names = ('report.html', 'report.private.html')
+  assert printed.splitlines()[-2:] == [str(tmp_path / name) for name in names]
+  assert '91.2%' in printed and '7.988 by PLD' in printed and 'is above every' in printed
+  texts = {name: (tmp_path / name).read_text() for name in names}
+  assert [PRIVATE_FIGURES[0] in texts[name] for name in names] == [False, True]
 
 
-def test_program_refuses_in_one_line(tmp_path):
+def test_program_refuses_in_one_line(tmp_path, program):
   workdir = tmp_path / 'absent'
-  done = subprocess.run(
-      [sys.executable, '-m', 'tools.report', f'--workdir={workdir}', '--nodiagnostics'],
-      capture_output=True,
-      text=True,
-  )
-  assert done.returncode == 2 and done.stderr.count('\n') == 1
-  assert done.stderr.startswith(f'error: {workdir}: no such directory')
+  process = program('tools.report', f'--workdir={workdir}')
+  _, said = process.communicate()
+  assert process.returncode == 2 and said.count('\n') == 1
+  assert said.startswith(f'error: {workdir}/config.json: cannot be read')

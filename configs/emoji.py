@@ -1,0 +1,45 @@
+"""DP-Cap on small images in tar shards with class labels: training and probing together.
+
+    python -m dpcap.train --config=configs/emoji.py --workdir=runs/emoji \\
+        --config.data.source.path=DIR/'train-*.tar'
+"""
+
+from dpcap import config as config_lib
+
+
+def get_config(folder='emoji'):
+  """The argument is the folder that holds train-*.tar and test-*.tar."""
+  config = config_lib.base_config()
+
+  config.model.size = 'demo'
+
+  train = config_lib.source_config(
+      'tar_shards', path=f'{folder}/train-*.tar', caption_key='txt', label_key='label'
+  )
+  test = config_lib.source_config(
+      'tar_shards', path=f'{folder}/test-*.tar', caption_key='txt', label_key='label'
+  )
+  config.data.source = train
+  config.data.image_size = 32
+  config.data.text_length = 40
+  config.data.tokenizer = 'bytes'
+  config.data.crop_scale = (0.6, 1.0)
+
+  config.privacy.epsilon = 8.0
+  config.privacy.expected_batch_size = 512
+
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.warmup_steps = 20
+  config.train.steps = 200
+  config.mesh.physical_batch = 32
+
+  for name, features in (
+      ('private_features', 'model'),
+      ('untrained_encoder', 'untrained'),
+      ('raw_pixels', 'pixels'),
+  ):
+    config.evals[name] = config_lib.evaluator_config(
+        'linear_probe', train=train, test=test, features=features
+    )
+  config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
+  return config

@@ -1,0 +1,23 @@
+"""Results on the screen."""
+
+from rich.console import Console
+from rich.table import Table
+
+from dpcap.evals.subject import Result
+
+
+def show(results: dict[str, Result]) -> None:
+  """Prints one table of all results."""
+  table = Table('evaluation', 'metric')
+  for column in ('value', '95% interval', 'n'):
+    table.add_column(column, justify='right')
+  for name, result in results.items():
+    interval = result.details.get('interval95')
+    table.add_row(
+        name,
+        result.metric,
+        f'{result.value:.1%}',
+        f'{100 * interval[0]:.1f} – {100 * interval[1]:.1f}' if interval else '',
+        f'{result.n:,}',
+    )
+  Console().print(table)

@@ -1,0 +1,186 @@
+"""Every drawn index arrives exactly once, in order, whatever the workers and the cutting."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dpcap.data import pipeline
+from dpcap.data.source import BadRecord
+from dpcap.data.source import Record
+from dpcap.data.text import BytesTokenizer
+
+_N = 500
+
+
+class Numbered:
+  """Record i has an image of colour (i // 256, i % 256, 0) and caption str(i)."""
+
+  class_names = ('even', 'odd')
+
+  def __init__(self, bad=()):
+    self._bad = frozenset(bad)
+
+  def __len__(self):
+    return _N
+
+  def __getitem__(self, index):
+    if index in self._bad:
+      raise BadRecord('made bad')
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[:] = index // 256, index % 256, 0
+    return Record(image=image, caption='' if index == 13 else str(index), label=index % 2)
+
+
+def _draw(step, size=60):
+  rng = np.random.default_rng(step)
+  return np.flatnonzero(rng.random(_N) < size / _N)
+
+
+def _no_rng(step, index):
+  return np.random.default_rng([step, index])
+
+
+def _batches(draw=_draw, source=None, steps=4, physical=8, per_chunk=2, **transform):
+  return pipeline.LogicalBatches(
+      source=source or Numbered(),
+      transform=pipeline.Transform(4, 8, BytesTokenizer(), **transform),
+      draw=draw,
+      augmentation_rng=_no_rng,
+      steps=steps,
+      expected_batch_size=60,
+      physical_batch=physical,
+      batches_per_chunk=per_chunk,
+  )
+
+
+def _indices(chunk):
+  pixels = chunk.examples.image[chunk.mask][:, 0, 0].astype(int)
+  return pixels[:, 0] * 256 + pixels[:, 1]
+
+
+def _by_step(batches, elements):
+  steps = {}
+  for element, chunks in elements:
+    steps.setdefault(element // batches.slots, []).extend(chunks)
+  return steps
+
+
+@pytest.mark.parametrize('physical,per_chunk', [(8, 2), (1, 1), (64, 3), (7, 1)])
+def test_each_step_holds_exactly_its_draw(physical, per_chunk):
+  batches = _batches(physical=physical, per_chunk=per_chunk)
+  steps = _by_step(batches, ((e, batches[e]) for e in range(len(batches))))
+  for step in range(4):
+    drawn = _draw(step)
+    kept = drawn[drawn != 13]  # has no caption
+    np.testing.assert_array_equal(np.concatenate([_indices(c) for c in steps[step]]), kept)
+    assert sum(c.drawn for c in steps[step]) == len(drawn)
+    for chunk in steps[step]:
+      assert chunk.live == -(-chunk.drawn // physical)
+      assert not chunk.mask[chunk.live :].any()
+
+
+@pytest.mark.parametrize('size', [0, 1, 499])
+def test_no_draw_is_too_small_or_too_large(size):
+  """Also one far beyond what the slots were made for is delivered whole."""
+  batches = _batches(draw=lambda step: np.arange(size))
+  chunks = [c for e in range(batches.slots) for c in batches[e]]
+  assert sum(c.drawn for c in chunks) == size
+  expected = np.delete(np.arange(size), 13) if size > 13 else np.arange(size)
+  np.testing.assert_array_equal(
+      np.concatenate([_indices(c) for c in chunks] or [np.empty(0, int)]), expected
+  )
+
+
+def test_bad_records_count_as_drawn_are_masked_and_told():
+  bad = _draw(0)[[0, 5]]
+  batches = _batches(source=Numbered(bad), steps=1)
+  chunks = [c for e in range(len(batches)) for c in batches[e]]
+  missing = len(set(bad) | ({13} & set(_draw(0))))
+  assert sum(c.bad for c in chunks) == missing
+  assert sum(c.drawn for c in chunks) == len(_draw(0))
+  assert sum(c.mask.sum() for c in chunks) == len(_draw(0)) - missing
+  assert f'record {bad[0]}: made bad' in [r for c in chunks for r in c.reasons]
+  for chunk in chunks:
+    assert not chunk.examples.image[~chunk.mask].any()
+
+
+def _assert_same(a, b):
+  assert len(a) == len(b)
+  for x, y in zip(a, b):
+    assert len(x) == len(y)
+    for c, d in zip(x, y):
+      np.testing.assert_array_equal(c.examples.image, d.examples.image)
+      np.testing.assert_array_equal(c.examples.tokens, d.examples.tokens)
+      np.testing.assert_array_equal(c.mask, d.mask)
+      assert (c.live, c.drawn, c.bad, c.reasons) == (d.live, d.drawn, d.bad, d.reasons)
+
+
+def test_workers_and_seeking_change_nothing():
+  batches = _batches(source=Numbered([3, 4, 5]), crop_scale=(0.2, 1.0), flip=True)
+  direct = [batches[e] for e in range(len(batches))]
+  _assert_same(list(pipeline.iterate(batches, 0, workers=0)), direct)
+  start = 2 * batches.slots
+  _assert_same(list(pipeline.iterate(batches, start, workers=0)), direct[start:])
+  iterator = pipeline.iterate(batches, start, workers=2)
+  _assert_same(list(iterator), direct[start:])
+  iterator.close()
+
+
+def _note_process(path, step):
+  pathlib.Path(path).write_text(str(os.getpid()))
+  return _draw(step)
+
+
+_PARENT = """
+import functools, sys, time
+from dpcap.data import pipeline
+from tests.data import test_pipeline as t
+batches = t._batches(draw=functools.partial(t._note_process, sys.argv[1]))
+iterator = pipeline.iterate(batches, 0, workers=1)
+next(iterator)
+print('ready', flush=True)
+time.sleep(60)
+"""
+
+
+def _runs(pid):
+  try:
+    return pathlib.Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z'
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+  """A run that is killed outright leaves no process behind."""
+  path = tmp_path / 'pid'
+  parent = subprocess.Popen(
+      [sys.executable, '-c', _PARENT, str(path)],
+      stdout=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parents[2],
+  )
+  assert parent.stdout.readline() == 'ready\n'
+  worker = int(path.read_text())
+  assert worker != parent.pid and _runs(worker)
+  parent.kill()
+  parent.wait()
+  deadline = time.monotonic() + 20
+  while _runs(worker) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not _runs(worker)
+
+
+def test_evaluation_batches_hold_all_images_in_order():
+  transform = pipeline.Transform(4, 8, BytesTokenizer())
+  batches = pipeline.EvaluationBatches(Numbered([2]), transform, 64)
+  parts = list(pipeline.iterate(batches, 0, workers=0))
+  labels = np.concatenate([p.labels for p in parts])
+  expected = np.arange(_N) % 2
+  expected[2] = -1
+  np.testing.assert_array_equal(labels, expected)
+  assert [len(p.images) for p in parts] == [64] * 7 + [_N - 7 * 64]
+  assert parts[1].images[3, 0, 0, 1] == 67

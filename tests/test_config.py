@@ -1,0 +1,100 @@
+"""The schema refuses what does not fit, in one line that names key, value and what is allowed."""
+
+import importlib
+import json
+import math
+
+import pytest
+
+from dpcap import config as config_lib
+from dpcap import models
+from dpcap.errors import UserError
+from tests import tiny
+
+_EXPERIMENTS = [
+    'demo', 'dpcap', 'dpcap:large', 'dpcap_epsilon2', 'dpcap_batch200k', 'dpcap_less_data',
+    'dpcap_less_data:1percent', 'emoji', 'tar_shards', 'tar_shards:base', 'tfds',
+]
+
+
+@pytest.mark.parametrize('experiment', _EXPERIMENTS)
+def test_every_experiment_fits_the_schema(experiment):
+  name, _, argument = experiment.partition(':')
+  module = importlib.import_module(f'configs.{name}')
+  config_lib.validate(module.get_config(*([argument] if argument else [])))
+
+
+@pytest.mark.parametrize('path,value,parts', [
+    ('privacy.epsilom', 3.0, ['privacy.epsilom', 'did you mean epsilon']),
+    ('surprise', 1, ['surprise', 'no key']),
+    ('privacy.delta', 1.0, ['privacy.delta', '1.0', 'below 1']),
+    ('privacy.delta', 0.0, ['privacy.delta', 'above 0']),
+    ('privacy.epsilon', 2.0, ['privacy.epsilon', 'privacy.noise_multiplier', 'exactly one']),
+    ('privacy.noise_multiplier', None, ['exactly one']),
+    ('privacy.noise_multiplier', math.nan, ['noise_multiplier', 'nan', 'above 0']),
+    ('privacy.clip_norm', '1', ['privacy.clip_norm', "'1'", 'float']),
+    ('privacy.clip_norm', None, ['privacy.clip_norm', 'None']),
+    ('privacy.expected_batch_size', 2.5, ['expected_batch_size', '2.5', 'int']),
+    ('privacy.expected_batch_size', True, ['expected_batch_size', 'True', 'int']),
+    ('privacy.sampler', 'bernoulli', ['privacy.sampler', "'bernoulli'", 'poisson, shuffle']),
+    ('privacy.accountant', 'prv', ["'prv'", 'pld, rdp']),
+    ('privacy.clipping', 'none', ["'none'", 'vmap']),
+    ('privacy.adjacency', 'replace_one', ["'replace_one'", 'zero_out']),
+    ('privacy.mechanism', 'none', ['privacy.mechanism', 'epsilon=inf']),
+    ('data.image_size', 20, ['data.image_size', '20', 'patch size, 8']),
+    ('data.crop_scale', (0.5, 0.2), ['data.crop_scale', '(0.5, 0.2)']),
+    ('data.flip', 1, ['data.flip', '1', 'bool']),
+    ('data.source.name', 'laion', ['data.source.name', "'laion'", 'scenes, tar_shards, tfds']),
+    ('data.source.split', 'dev', ['data.source.split', "'dev'"]),
+    ('data.source.path', '/x', ['data.source.path', 'no key']),
+    ('optimizer.warmup_steps', 6, ['optimizer.warmup_steps', '6', 'train.steps']),
+    ('train.steps', 0, ['train.steps', '0', 'above 0']),
+    ('evals.probe', {'name': 'k_means'}, ['evals.probe.name', "'k_means'", 'linear_probe']),
+])
+def test_bad_values_are_refused(path, value, parts):
+  config = tiny.get_config().to_dict()
+  *sections, key = path.split('.')
+  section = config
+  for name in sections:
+    section = section[name]
+  section[key] = value
+  with pytest.raises(UserError) as e:
+    config_lib.validate(config_lib.ml_collections.ConfigDict(config))
+  for part in parts:
+    assert part in str(e.value)
+  assert '\n' not in str(e.value)
+
+
+def test_missing_key_is_named():
+  config = tiny.get_config().to_dict()
+  del config['train']['steps']
+  with pytest.raises(UserError, match='train.steps is missing'):
+    config_lib.validate(config_lib.ml_collections.ConfigDict(config))
+
+
+def test_fixed_part_holds_what_bears_on_the_computation():
+  config = tiny.get_config()
+  fixed = config_lib.fixed_part(config_lib.to_json(config))
+  assert fixed['privacy.noise_multiplier'] == 1.0 and fixed['data.source.size'] == 400
+  for free in ('data.workers', 'train.log_every', 'mesh.physical_batch'):
+    assert free not in fixed
+  assert json.loads(config_lib.to_json(config))['model']['size'] == 'micro'
+
+
+def test_defaults_are_valid_and_sizes_known():
+  config = config_lib.base_config()
+  config.data.source = config_lib.source_config('scenes')
+  config.privacy.epsilon = math.inf
+  config_lib.validate(config)
+  assert config.model.size in models.SIZES
+
+
+def test_unknown_source_evaluator_variant_are_refused():
+  for make in (
+      lambda: config_lib.source_config('laion'),
+      lambda: config_lib.source_config('scenes', sise=3),
+      lambda: config_lib.evaluator_config('k_means'),
+      lambda: config_lib.choose('part', '3percent', {'1percent': 1}),
+  ):
+    with pytest.raises(UserError, match='allowed'):
+      make()

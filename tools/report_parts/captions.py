@@ -1,0 +1,90 @@
+"""What the model wrote about images, beside the images."""
+
+import base64
+from collections.abc import Sequence
+import difflib
+import html
+import io
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from dpcap import data
+from dpcap.data.source import BadRecord
+from dpcap.errors import UserError
+from dpcap.training import build
+
+_MAX_IMAGES = 48
+_PIXELATED_BELOW = 96  # pixels a side: enlarged as they are, and PNG keeps them so
+
+
+def section(config: ml_collections.ConfigDict, record: dict) -> str:
+  """HTML of an evaluation by captions; without images if its source cannot be read."""
+  entries = record['captions'][:_MAX_IMAGES]
+  try:
+    pictures = [_picture(view) for view in _views(config, record['name'], entries)]
+    absent = ''
+  except (UserError, BadRecord, LookupError) as e:
+    pictures = [''] * len(entries)
+    absent = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
+  figures = []
+  for entry, picture in zip(entries, pictures):
+    written, given = mark_words(entry['written'], entry['given'])
+    tick = '<span class="tick">✓</span> ' if entry['written'] == entry['given'] else ''
+    figures.append(
+        f'<figure>{picture}<figcaption><p>{tick}{written or "<mark>nothing</mark>"}</p>'
+        f'<p class="given">{given}</p></figcaption></figure>'
+    )
+  title = html.escape(record['name'].replace('_', ' ').capitalize())
+  return (
+      f'<section><h2>{title}</h2><p class="about">The caption that the model writes and, below it,'
+      f" the source's own. <mark>Marked</mark>: not in the source's caption; <u>underlined</u>:"
+      f' missed. The same word by word: {record["value"]:.1%} of {record["n"]:,}.</p>{absent}'
+      f'<div class="captions">{"".join(figures)}</div></section>'
+  )
+
+
+def mark_words(written: str, given: str) -> tuple[str, str]:
+  """Aligns two captions word by word.
+
+  Args:
+    written: the model's.
+    given: the source's own.
+
+  Returns:
+    Both as HTML: the written one with wrong words in <mark>, the given one with the words
+    that the model missed in <u>.
+  """
+  a, b = written.split(), given.split()
+  marked_a, marked_b = [], []
+  for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    for marked, words, tag in ((marked_a, a[a0:a1], 'mark'), (marked_b, b[b0:b1], 'u')):
+      text = html.escape(' '.join(words))
+      if text:
+        marked.append(text if kind == 'equal' else f'<{tag}>{text}</{tag}>')
+  return ' '.join(marked_a), ' '.join(marked_b)
+
+
+def image_uri(image: np.ndarray) -> str:
+  """A data URI of a uint8 (H, W, 3) image: PNG if it is small, else JPEG."""
+  file = io.BytesIO()
+  kind = 'PNG' if len(image) < _PIXELATED_BELOW else 'JPEG'
+  Image.fromarray(image).save(file, kind)
+  return f'data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}'
+
+
+def _picture(view: np.ndarray) -> str:
+  crisp = ' class="crisp"' if len(view) < _PIXELATED_BELOW else ''
+  return f'<img{crisp} src="{image_uri(view)}" alt="">'
+
+
+def _views(
+    config: ml_collections.ConfigDict, name: str, entries: Sequence[dict]
+) -> list[np.ndarray]:
+  """What the model saw, uint8 (H, W, 3)."""
+  if name not in config.evals:
+    raise UserError(f'config.json has no evals.{name}')
+  source = build.make_source(config, config.evals[name].source)
+  transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer=None)
+  return [transform.view(source[entry['index']]['image']) for entry in entries]

@@ -1,0 +1,59 @@
+"""Probes against each other: which may be compared, and what their intervals say."""
+
+from collections.abc import Sequence
+import json
+from typing import Any
+
+from tools.report_parts.run import Run
+
+
+def comparable(run: Run) -> list[list[dict[str, Any]]]:
+  """The probes of a run in groups with the same train and test sources.
+
+  The model's own features come first in a group, then the best.
+  """
+  groups = {}
+  for name, record in run.evals.items():
+    if 'features' not in record:
+      continue
+    entry = run.config.evals.get(name)
+    # An evaluation that another config asked for: nothing here tells its sources.
+    key = json.dumps([entry.train.to_dict(), entry.test.to_dict()]) if entry else name
+    groups.setdefault(key, []).append(record)
+  order = lambda record: (not is_own(record), -record['value'])
+  return [sorted(group, key=order) for group in groups.values()]
+
+
+def is_own(record: dict[str, Any]) -> bool:
+  """Whether the features are those of the trained model."""
+  return record['features'] == 'model'
+
+
+def title(record: dict[str, Any]) -> str:
+  """The name for people."""
+  return record['name'].replace('_', ' ')
+
+
+def verdict(group: Sequence[dict[str, Any]]) -> str:
+  """What the intervals say of the model's features against all others, in a sentence."""
+  own, others = group[0], [record for record in group if not is_own(record)]
+  name = title(own)[0].upper() + title(own)[1:]
+  if not is_own(own) or not others:
+    return f'{name}: there is nothing to compare it with on the same train and test images.'
+  low, high = own['interval95']
+  best = max(others, key=lambda other: other['interval95'][1])
+  if low > best['interval95'][1]:
+    return (
+        f'{name} is above every other probe: its interval starts at {low:.1%}, the highest of'
+        f' the others ({title(best)}) ends at {best["interval95"][1]:.1%}.'
+    )
+  reasons = []
+  for other in others:
+    if other['interval95'][0] > high:
+      reasons.append(f'{title(other)} is better ({other["value"]:.1%})')
+    elif other['interval95'][1] >= low:
+      reasons.append(f'{title(other)} cannot be told apart ({other["value"]:.1%})')
+  return (
+      f'{name} ({own["value"]:.1%}) is not above every other probe, going by the 95%'
+      f' intervals: {"; ".join(reasons)}.'
+  )

@@ -1,0 +1,74 @@
+"""What a workdir says about its run."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from dpcap import config as config_lib
+from dpcap.errors import UserError
+from dpcap.training import metrics
+
+
+class Run(NamedTuple):
+  """The files of a workdir.
+
+  Attributes:
+    config: config.json, validated.
+    statement: privacy.json.
+    metrics: lines of metrics.jsonl.
+    diagnostics: lines of diagnostics.private.jsonl, empty if they were switched off.
+    evals: name -> evals/NAME.json, empty before the first evaluation.
+  """
+
+  config: ml_collections.ConfigDict
+  statement: dict[str, Any]
+  metrics: list[dict[str, Any]]
+  diagnostics: list[dict[str, Any]]
+  evals: dict[str, dict[str, Any]]
+
+  def epsilon_text(self) -> str:
+    """The guarantee in a few words."""
+    if not self.statement['private']:
+      return 'NO PRIVACY: epsilon is infinite'
+    bounds = ', '.join(
+        f'{"no finite bound" if value is None else f"{value:,.3f}"} by {name.upper()}'
+        for name, value in self.statement['epsilon'].items()
+    )
+    return f'epsilon {bounds}; delta {self.statement["delta"]:.3g}'
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+  """Reads a workdir; metrics, diagnostics and evaluations may be missing.
+
+  Raises:
+    UserError: if it is not the workdir of a run with a checkpoint, or a file is damaged.
+  """
+  config = ml_collections.ConfigDict(_read_json(workdir / 'config.json'))
+  try:
+    config_lib.validate(config)
+  except UserError as e:
+    raise UserError(f'{workdir / "config.json"}: {e}') from e
+  return Run(
+      config=config,
+      statement=_read_json(workdir / 'privacy.json'),
+      metrics=_read_lines(workdir / metrics.METRICS),
+      diagnostics=_read_lines(workdir / metrics.DIAGNOSTICS),
+      evals={path.stem: _read_json(path) for path in sorted(workdir.glob('evals/*.json'))},
+  )
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except OSError as e:
+    raise UserError(
+        f'{path}: cannot be read ({e.strerror}); give the workdir of a run with a checkpoint'
+    ) from e
+  except ValueError as e:
+    raise UserError(f'{path}: damaged, not JSON ({e})') from e
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  return metrics.read_jsonl(path) if path.exists() else []
