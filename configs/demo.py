@@ -24,10 +24,10 @@ def get_config():
   config.privacy.expected_batch_size = 1024
   config.privacy.clip_norm = 1.0
 
-  config.optimizer.learning_rate = 2e-3
+  config.optimizer.learning_rate = 3e-3
   config.optimizer.warmup_steps = 40
-  config.train.steps = 320
-  config.train.checkpoint_every = 80
+  config.train.steps = 360
+  config.train.checkpoint_every = 90
   config.train.log_every = 10
   config.mesh.physical_batch = 32
   config.mesh.batches_per_chunk = 8

@@ -9,6 +9,7 @@ checkpoint is the newest of the workdir, or the one that `checkpoint` names.
 import functools
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -39,9 +40,9 @@ def main() -> None:
   results = {}
   for name, entry in config.evals.items():
     options = entry.to_dict()
-    result = evals.EVALUATORS[options.pop('name')](subject, **options)
-    results[name] = result
-    write_result(workdir, name, result, checkpoint)
+    evaluator = evals.EVALUATORS[options.pop('name')]
+    results[name] = evaluator(subject, **options)
+    write_result(workdir, name, results[name], options, checkpoint)
   table.show(results)
 
 
@@ -91,9 +92,13 @@ def make_subject(config, checkpoint: pathlib.Path) -> evals.Subject:
 
 
 def write_result(
-    workdir: pathlib.Path, name: str, result: evals.Result, checkpoint: pathlib.Path
+    workdir: pathlib.Path,
+    name: str,
+    result: evals.Result,
+    options: dict[str, Any],
+    checkpoint: pathlib.Path,
 ) -> None:
-  """Writes evals/NAME.json.
+  """Writes evals/NAME.json, with the options that the evaluator had.
 
   Raises:
     UserError: if the workdir cannot be written.
@@ -105,6 +110,7 @@ def write_result(
       'value': result.value,
       'n': result.n,
       'checkpoint': str(checkpoint),
+      'options': options,
       **result.details,
   }
   try:

@@ -6,7 +6,7 @@ The pipeline is one Grain MapDataset whose element e is a function of e alone, s
 order does not depend on the number of workers and a run resumes at any step by seeking.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 import dataclasses
 import math
 import multiprocessing
@@ -185,8 +185,10 @@ class LogicalBatches:
     )
 
 
-def iterate(data, start: int, workers: int, buffer: int = 2) -> Iterator:
+def iterate(data, start: int, workers: int, buffer: int = 2) -> Generator:
   """Elements `start`, `start + 1`, ... of a random-access `data`, loaded ahead.
+
+  Close the generator if it is not read to its end: that ends the workers.
 
   Args:
     data: anything with a length and items, as LogicalBatches.
@@ -205,7 +207,12 @@ def iterate(data, start: int, workers: int, buffer: int = 2) -> Iterator:
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
         worker_init_fn=_end_with_parent,
     )
-  return iter(dataset)
+  elements = iter(dataset)
+  try:
+    yield from elements
+  finally:
+    if workers:
+      elements.close()
 
 
 def _end_with_parent(worker: int, count: int) -> None:

@@ -17,9 +17,10 @@ from dpcap.evals import features as features_lib
 from dpcap.evals.subject import Result
 from dpcap.evals.subject import Subject
 
-L2_GRID = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+L2_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _HELD_OUT = 0.2
-_ITERATIONS = 200
+_ITERATIONS = 100
+_TOLERANCE = 1e-4  # on the gradient's norm
 
 
 def evaluate(subject: Subject, *, train, test, features: str, batch_size: int) -> Result:
@@ -143,7 +144,7 @@ def _minimise(weights, x, y, l2):
 
   def unfinished(carry):
     *_, i, gradient_norm = carry
-    return (i < _ITERATIONS) & (gradient_norm > 1e-5)
+    return (i < _ITERATIONS) & (gradient_norm > _TOLERANCE)
 
   start = (weights, solver.init(weights), 0, jnp.inf)
   return jax.lax.while_loop(unfinished, iterate, start)[0]

@@ -5,7 +5,7 @@ divide by the expected batch size.
 
 >>> import jax, jax.numpy as jnp, numpy as np
 >>> from dpcap import privacy
->>> plan = privacy.calibrate(epsilon=8.0, dataset_size=1000, expected_batch_size=100,
+>>> plan = privacy.calibrate(epsilon=1.0, dataset_size=1000, expected_batch_size=100,
 ...                          steps=50, delta=1e-3, clip_norm=1.0)
 >>> keys = privacy.Keys.from_entropy()
 >>> sampler = plan.make_sampler(keys.sampling)

@@ -18,6 +18,9 @@ ACCOUNTANTS = {'pld': pld.PLDAccountant, 'rdp': rdp.RdpAccountant}
 # Noise past which more noise is not taken to help.
 _LARGEST_NOISE_MULTIPLIER = 1e6
 
+# The PLD accountant takes minutes for less noise than this; calibration stops there.
+_SMALLEST_NOISE_MULTIPLIER = 0.1
+
 # Above this epsilon (by RDP) the PLD accountant takes minutes and says nothing more.
 _NO_GUARANTEE = 2000.0
 
@@ -78,7 +81,8 @@ def calibrate_noise_multiplier(
     accountant: a key of ACCOUNTANTS.
 
   Returns:
-    A noise multiplier that meets it, within a relative 1e-4 of the smallest that does.
+    A noise multiplier that meets it, by about 1e-4 of itself the smallest that does (or
+    about 0.1, if less noise than that would do).
 
   Raises:
     ValueError: if no noise multiplier up to 1e6 meets the target.
@@ -105,6 +109,8 @@ def calibrate_noise_multiplier(
     low = 0.8 * high
     while epsilon(make_event(low), delta, accountant) <= target_epsilon:
       high, low = low, 0.8 * low
+      if low < _SMALLEST_NOISE_MULTIPLIER:
+        return high
   return _solve(make_event, target_epsilon, delta, accountant, low, high)
 
 

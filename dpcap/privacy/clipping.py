@@ -8,8 +8,9 @@ and nothing else leaves it but per-example norms and losses (diagnostics, outsid
 the guarantee). The loss is given for ONE example, so no forward pass can mix two.
 
 Formal guarantee of every strategy: replacing one example by nothing (its mask set
-to False) changes `ClippedSum.sum` by at most C (1 + ROUNDING_MARGIN) in L2 norm over
-all parameters, for any loss function, batch, padding and parameter dtype. Edge cases:
+to False) takes a term of L2 norm at most C (1 + ROUNDING_MARGIN) over all parameters out
+of `ClippedSum.sum`, for any loss function, batch, padding and parameter dtype. Terms are
+added in float32, whose rounding is relative to the sum, not to C. Edge cases:
 
 | example's gradient                       | its contribution               |
 | ---------------------------------------- | ------------------------------ |
@@ -33,6 +34,9 @@ LossFn = Callable[[PyTree, PyTree], jax.Array]
 # Norms, factors and sums are rounded to float32; what is really summed may exceed
 # clip_norm by this fraction. Tests hold every strategy to it.
 ROUNDING_MARGIN = 1e-5
+
+# Squares of gradients near a smaller C would vanish in float32, and norms with them.
+SMALLEST_CLIP_NORM = 1e-12
 
 
 class ClippedSum(NamedTuple):
@@ -66,17 +70,19 @@ def clipped_sum(
     params: the trained parameters; gradients are taken with respect to all of them.
     batch: examples stacked along a leading axis of size B in every leaf.
     mask: (B,) bool; False contributes exactly zero. None: all True.
-    clip_norm: C > 0, finite.
+    clip_norm: C, from SMALLEST_CLIP_NORM to the largest float.
     strategy: a key of CLIPPING_STRATEGIES; all give the same answer.
 
   Returns:
     A ClippedSum, whose `sum` has the L2 sensitivity stated in the module docstring.
 
   Raises:
-    ValueError: if clip_norm is not positive and finite, or the strategy is unknown.
+    ValueError: if clip_norm is out of range, or the strategy is unknown.
   """
-  if not 0 < clip_norm < float('inf'):
-    raise ValueError(f'clip_norm is {clip_norm}; it must be positive and finite')
+  if not SMALLEST_CLIP_NORM <= clip_norm < float('inf'):
+    raise ValueError(
+        f'clip_norm is {clip_norm}; it must be finite and at least {SMALLEST_CLIP_NORM}'
+    )
   if strategy not in CLIPPING_STRATEGIES:
     raise ValueError(
         f'clipping is {strategy!r}; allowed: {", ".join(CLIPPING_STRATEGIES)}'
@@ -141,8 +147,13 @@ def plain_sum(
   if mask is None:
     mask = jnp.ones(jax.tree.leaves(batch)[0].shape[0], bool)
 
+  # A masked example may hold anything, and the zero cotangent of `where` does not silence
+  # a NaN: an example that counts stands in for it.
+  stand_in = jnp.where(mask, jnp.arange(mask.shape[0]), jnp.argmax(mask))
+  used = jax.tree.map(lambda x: jnp.asarray(x)[stand_in], batch)
+
   def total_loss(params):
-    losses = jax.vmap(loss_fn, (None, 0))(params, batch)
+    losses = jax.vmap(loss_fn, (None, 0))(params, used)
     losses = jnp.where(mask, losses, 0.0)
     return jnp.sum(losses), losses
 

@@ -50,6 +50,9 @@ class Keys(NamedTuple):
     words = [int(w) for w in np.random.SeedSequence(seed).generate_state(4, np.uint64)]
     return cls(noise=(words[0] >> 32, words[1] >> 32), sampling=(words[2], words[3]))
 
+  def __repr__(self) -> str:
+    return 'Keys(secret)'
+
   def noise_key(self) -> jax.Array:
     """The noise key as a typed JAX key; `jax.random.key(integer)` would drop bits."""
     return jax.random.wrap_key_data(
@@ -83,7 +86,12 @@ class KeyStore:
     self._path = self._directory / 'keys.json'
     if self._path.exists():
       self._load()
-      if self._environment != environment:
+      if (seed is not None) != self._seeded:
+        raise ValueError(
+            f'{self._path}: its keys came from {"a seed" if self._seeded else "entropy"} and seed is'
+            f' {seed}; a run keeps to one of the two, start in a new workdir'
+        )
+      if self._environment != environment or resume_step < self._era_start:
         self.lost_releases += max(0, self._started - resume_step)
         self._start_era(resume_step, environment, seed)
     elif resume_step > 0:
@@ -100,8 +108,8 @@ class KeyStore:
   def begin(self, step: int) -> None:
     """Notes on disk, before its noise is drawn, that `step` is being computed."""
     if step >= self._started:
+      self._save(started=step + 1)
       self._started = step + 1
-      self._save()
 
   def releases(self, steps: int) -> int:
     """Distinct noisy gradients computed by the time the run's history has `steps`."""
@@ -114,15 +122,18 @@ class KeyStore:
       # A new era must not repeat the noise of the last one, in tests either.
       self.keys = Keys.from_seed(seed + self.lost_releases)
     self._environment = environment
-    self._started = step
-    self._save()
+    self._seeded = seed is not None
+    self._era_start = self._started = step
+    self._save(started=step)
 
-  def _save(self):
+  def _save(self, started):
     state = {
         'noise': self.keys.noise,
         'sampling': self.keys.sampling,
         'environment': self._environment,
-        'started': self._started,
+        'seeded': self._seeded,
+        'era_start': self._era_start,
+        'started': started,
         'lost_releases': self.lost_releases,
     }
     temporary = self._path.with_suffix('.tmp')
@@ -138,6 +149,8 @@ class KeyStore:
       state = json.loads(self._path.read_text())
       self.keys = Keys(tuple(state['noise']), tuple(state['sampling']))
       self._environment = state['environment']
+      self._seeded = state['seeded']
+      self._era_start = state['era_start']
       self._started = state['started']
       self.lost_releases = state['lost_releases']
     except (ValueError, KeyError, TypeError) as e:

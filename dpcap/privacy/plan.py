@@ -170,14 +170,14 @@ def calibrate(
 
 
 def _check_sizes(dataset_size, expected_batch_size, steps, delta):
-  if dataset_size < 1:
+  if not dataset_size >= 1:
     raise ValueError(f'dataset_size is {dataset_size}; it must be at least 1')
   if not 1 <= expected_batch_size <= dataset_size:
     raise ValueError(
         f'expected_batch_size is {expected_batch_size}; it must be from 1 to the'
         f" data set's size, {dataset_size}"
     )
-  if steps < 1:
+  if not steps >= 1:
     raise ValueError(f'steps is {steps}; it must be at least 1')
   if not 0 < delta < 1:
     raise ValueError(f'delta is {delta}; it must be above 0 and below 1')

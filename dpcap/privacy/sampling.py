@@ -47,7 +47,7 @@ class PoissonSampler:
 
   dataset_size: int
   expected_batch_size: int
-  key: tuple[int, int]
+  key: tuple[int, int] = dataclasses.field(repr=False)
 
   @property
   def sampling_probability(self) -> float:
@@ -92,7 +92,7 @@ class ShuffleSampler:
 
   dataset_size: int
   expected_batch_size: int
-  key: tuple[int, int]
+  key: tuple[int, int] = dataclasses.field(repr=False)
 
   def draw(self, step: int) -> np.ndarray:
     """Indices of `step`, ascending int64."""

@@ -45,6 +45,8 @@ def make_statement(
     A dict whose 'epsilon' maps each accountant to its bound (None: no finite bound, or
     the event is not covered), and whose 'text' says the same for people.
   """
+  if releases < steps:
+    raise ValueError(f'releases is {releases}; it must be at least the steps, {steps}')
   statement = {
       'private': plan.private and not fixed_seed,
       'unit': _UNIT,
@@ -71,7 +73,7 @@ def make_statement(
           'diagnostics: files named *.private.* in the workdir, and what the screen showed',
           'hyper-parameters, if they were tuned on the private data',
           f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
-          'attacks on the rounding of floating-point noise',
+          'the float32 resolution of sums and noise: rounding, and no noise past 5.4 deviations',
           'other runs on the same data: guarantees of several runs add up',
       ],
   }

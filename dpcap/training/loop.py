@@ -155,8 +155,7 @@ class _Run:
     self._metrics.close()
     if self._diagnostics:
       self._diagnostics.close()
-    with contextlib.suppress(AttributeError):  # only iterators with workers have it
-      self._elements.close()
+    self._elements.close()
     if failure[0] is None:
       self._checkpoints.close()
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import difflib
 import html
 import io
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -23,7 +24,7 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
   """HTML of an evaluation by captions; without images if its source cannot be read."""
   entries = record['captions'][:_MAX_IMAGES]
   try:
-    pictures = [_picture(view) for view in _views(config, record['name'], entries)]
+    pictures = [_picture(view) for view in _views(config, record['options']['source'], entries)]
     absent = ''
   except (UserError, BadRecord, LookupError) as e:
     pictures = [''] * len(entries)
@@ -80,11 +81,9 @@ def _picture(view: np.ndarray) -> str:
 
 
 def _views(
-    config: ml_collections.ConfigDict, name: str, entries: Sequence[dict]
+    config: ml_collections.ConfigDict, options: dict[str, Any], entries: Sequence[dict]
 ) -> list[np.ndarray]:
   """What the model saw, uint8 (H, W, 3)."""
-  if name not in config.evals:
-    raise UserError(f'config.json has no evals.{name}')
-  source = build.make_source(config, config.evals[name].source)
+  source = build.make_source(config, options)
   transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer=None)
   return [transform.view(source[entry['index']]['image']) for entry in entries]

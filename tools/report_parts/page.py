@@ -151,7 +151,7 @@ def _diagnostics(run: Run) -> str:
 
 def _colophon(run: Run) -> str:
   steps = sorted({pathlib.Path(record['checkpoint']).name for record in run.evals.values()})
-  evaluated = f', the evaluations of step {escape(", ".join(steps))}' if steps else ''
+  evaluated = f', the evaluations of step {", ".join(steps)}' if steps else ''
   now = datetime.datetime.now(datetime.timezone.utc)
   return (
       f'The privacy statement is of step {run.statement["steps"]}{evaluated}.'

@@ -16,6 +16,7 @@ _COLORS = {
 }
 _STYLE = {
     'svg.fonttype': 'none',  # text stays text, in the font of the page
+    'svg.hashsalt': 'dpcap',  # the same page for the same run
     'font.size': 8,
     'text.color': _COLORS['ink'],
     'axes.edgecolor': _COLORS['line'],

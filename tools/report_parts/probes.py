@@ -16,10 +16,8 @@ def comparable(run: Run) -> list[list[dict[str, Any]]]:
   for name, record in run.evals.items():
     if 'features' not in record:
       continue
-    entry = run.config.evals.get(name)
-    # An evaluation that another config asked for: nothing here tells its sources.
-    key = json.dumps([entry.train.to_dict(), entry.test.to_dict()]) if entry else name
-    groups.setdefault(key, []).append(record)
+    sources = json.dumps([record['options']['train'], record['options']['test']])
+    groups.setdefault(sources, []).append(record)
   order = lambda record: (not is_own(record), -record['value'])
   return [sorted(group, key=order) for group in groups.values()]
 
@@ -38,8 +36,10 @@ def verdict(group: Sequence[dict[str, Any]]) -> str:
   """What the intervals say of the model's features against all others, in a sentence."""
   own, others = group[0], [record for record in group if not is_own(record)]
   name = title(own)[0].upper() + title(own)[1:]
-  if not is_own(own) or not others:
-    return f'{name}: there is nothing to compare it with on the same train and test images.'
+  if not is_own(own):
+    return f"{name}: the model's features were not probed on the same train and test images."
+  if not others:
+    return f'{name}: nothing else was probed on the same train and test images.'
   low, high = own['interval95']
   best = max(others, key=lambda other: other['interval95'][1])
   if low > best['interval95'][1]:

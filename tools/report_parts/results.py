@@ -22,22 +22,20 @@ def section(run: Run) -> str:
       if 'features' not in record and 'captions' not in record
   ]
   also = f'<p class="about">Also measured: {"; ".join(others)}.</p>' if others else ''
-  return ''.join(_probe_group(run, group) for group in probes.comparable(run)) + also
+  return ''.join(_probe_group(group) for group in probes.comparable(run)) + also
 
 
-def _probe_group(run: Run, group: Sequence[dict[str, Any]]) -> str:
+def _probe_group(group: Sequence[dict[str, Any]]) -> str:
   first = group[0]
-  test = run.config.evals.get(first['name'], {}).get('test', {})
-  label = test.get('label') or test.get('label_key')
   classes = first['classes']
   names = f' ({escape(", ".join(classes))})' if len(classes) <= _LISTED_CLASSES else ''
   rows = ''.join(_row(record) for record in group)
   drawn = group if len(classes) <= _DRAWN_CLASSES else ()
   return (
       f'<div class="group"><p class="verdict">{escape(probes.verdict(group))}</p><p class="about">'
-      f'Linear probes{f" for the label {escape(label)}" if label else ""}: {len(classes)} classes'
-      f'{names}, {first["n_train"]:,} training and {first["n"]:,} test images. Bars: top-1'
-      f' accuracy; whiskers: 95% interval; dotted line: chance.</p>'
+      f'Linear probes: {len(classes)} classes{names}, {first["n_train"]:,} training and'
+      f' {first["n"]:,} test images. Bars: top-1 accuracy; whiskers: 95% interval; dotted line:'
+      f' chance.</p>'
       '<table class="probes"><thead><tr><th>probe</th><th>features</th>'
       '<th class="scale"><span>0</span><span>50</span><span>100%</span></th>'
       '<th class="n">top-1</th><th class="n">95% interval</th><th class="n">chance</th>'

@@ -1,0 +1,59 @@
+"""Greedy decoding against one that looks at a token at a time."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpcap import data
+from dpcap import evals
+from dpcap import models
+from dpcap.data.text import BytesTokenizer
+from dpcap.errors import UserError
+from dpcap.evals import captions
+
+
+@pytest.fixture(name='subject', scope='module')
+def _subject():
+  tokenizer = BytesTokenizer()
+  model = models.make_model('captioner', size='micro', image_size=16, vocab_size=259)
+  rng = np.random.default_rng()
+  image = rng.normal(size=(16, 16, 3)).astype(np.float32)
+  variables = jax.jit(model.init)(
+      {'params': jax.random.key(0), 'frozen': jax.random.key(1)}, image, np.ones(6, np.int32)
+  )
+  return evals.Subject(
+      model, variables, variables, data.Transform(16, 6, tokenizer),
+      lambda section: data.Scenes(image_size=16, **section), workers=0,
+  )
+
+
+def test_greedy_equals_extending_the_text_one_token_at_a_time(subject):
+  images = np.random.default_rng().integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+  written = captions.greedy(subject, images, 6)
+  for image, tokens in zip(images, written):
+    memory = subject.model.apply(subject.variables, data.normalize(image), method='memory')
+    text = [1]
+    while len(text) < 6:
+      logits = subject.model.apply(
+          subject.variables, memory, np.array(text, np.int32), method='decode'
+      )
+      text.append(int(np.argmax(logits[-1])))
+    assert tokens.tolist() == text
+
+
+def test_evaluate_lists_what_was_written_beside_what_was_given(subject):
+  section = dict(split='test', size=10)
+  result = captions.evaluate(subject, source=section, images=4)
+  assert result.n == 4 and [c['index'] for c in result.details['captions']] == [0, 1, 2, 3]
+  first = data.Scenes(image_size=16, **section)[0]['caption']
+  assert result.details['captions'][0]['given'] == first[:4]  # 6 tokens with [CLS] and [SEP]
+  assert 0 <= result.value <= 1
+
+
+def test_source_without_a_usable_image_is_refused(subject):
+  class Empty:
+    def __len__(self):
+      return 0
+
+  with pytest.raises(UserError, match='no usable image'):
+    captions.evaluate(subject._replace(make_source=lambda _: Empty()), source={}, images=4)
