@@ -36,12 +36,12 @@ def get_config():
   train = config_lib.source_config('scenes', split='validation', size=10_000, label='count')
   test = config_lib.source_config('scenes', split='test', size=5_000, label='count')
   for name, features in (
-      ('private_features', 'model'),
-      ('untrained_encoder', 'untrained'),
-      ('raw_pixels', 'pixels'),
+    ('private_features', 'model'),
+    ('untrained_encoder', 'untrained'),
+    ('raw_pixels', 'pixels'),
   ):
     config.evals[name] = config_lib.evaluator_config(
-        'linear_probe', train=train, test=test, features=features
+      'linear_probe', train=train, test=test, features=features
     )
   config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
   return config

@@ -4,9 +4,9 @@ from configs import dpcap
 from dpcap import config as config_lib
 
 _PARTS = {
-    # argument: (share of the pairs, expected batch size)
-    '10percent': (0.1, 131_072),
-    '1percent': (0.01, 13_107),
+  # argument: (share of the pairs, expected batch size)
+  '10percent': (0.1, 131_072),
+  '1percent': (0.01, 13_107),
 }
 
 

@@ -14,10 +14,10 @@ def get_config(folder='emoji'):
   config.model.size = 'demo'
 
   train = config_lib.source_config(
-      'tar_shards', path=f'{folder}/train-*.tar', caption_key='txt', label_key='label'
+    'tar_shards', path=f'{folder}/train-*.tar', caption_key='txt', label_key='label'
   )
   test = config_lib.source_config(
-      'tar_shards', path=f'{folder}/test-*.tar', caption_key='txt', label_key='label'
+    'tar_shards', path=f'{folder}/test-*.tar', caption_key='txt', label_key='label'
   )
   config.data.source = train
   config.data.image_size = 32
@@ -34,12 +34,12 @@ def get_config(folder='emoji'):
   config.mesh.physical_batch = 32
 
   for name, features in (
-      ('private_features', 'model'),
-      ('untrained_encoder', 'untrained'),
-      ('raw_pixels', 'pixels'),
+    ('private_features', 'model'),
+    ('untrained_encoder', 'untrained'),
+    ('raw_pixels', 'pixels'),
   ):
     config.evals[name] = config_lib.evaluator_config(
-        'linear_probe', train=train, test=test, features=features
+      'linear_probe', train=train, test=test, features=features
     )
   config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
   return config

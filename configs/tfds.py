@@ -14,7 +14,7 @@ def get_config(dataset='imagenet2012'):
   config.model.size = 'tiny'
 
   config.data.source = config_lib.source_config(
-      'tfds', dataset=dataset, split='train', caption_template='this is a photo of a {}'
+    'tfds', dataset=dataset, split='train', caption_template='this is a photo of a {}'
   )
   config.data.image_size = 224
   config.data.text_length = 40
@@ -28,8 +28,8 @@ def get_config(dataset='imagenet2012'):
   config.train.steps = 2_000
 
   config.evals.linear_probe = config_lib.evaluator_config(
-      'linear_probe',
-      train=config_lib.source_config('tfds', dataset=dataset, split='train'),
-      test=config_lib.source_config('tfds', dataset=dataset, split='validation'),
+    'linear_probe',
+    train=config_lib.source_config('tfds', dataset=dataset, split='train'),
+    test=config_lib.source_config('tfds', dataset=dataset, split='validation'),
   )
   return config

@@ -1,13 +1,11 @@
 """How every dpcap program starts and how it fails: one clear line, exit status 2."""
 
-from collections.abc import Callable
 import re
 import sys
+from collections.abc import Callable
 
-from absl import app
-from absl import flags
-from absl import logging
 import ml_collections
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dpcap import config as config_lib

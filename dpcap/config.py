@@ -4,20 +4,17 @@ An experiment is a Python file whose `get_config` starts from `base_config()` an
 what is its own. `validate` refuses what does not fit before anything starts.
 """
 
-from collections.abc import Callable
 import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from dpcap import data
-from dpcap import evals
-from dpcap import models
-from dpcap import privacy
+from dpcap import data, evals, models, privacy
 from dpcap.errors import UserError
 
 
@@ -48,121 +45,138 @@ _POSITIVE = (lambda x: x > 0, 'above 0')
 _NOT_NEGATIVE = (lambda x: x >= 0, '0 or more')
 _FRACTION = (lambda x: 0 <= x < 1, 'from 0 to below 1')
 _AREA_RANGE = (
-    lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
-    'two fractions of the area, 0 < smallest <= largest <= 1',
+  lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
+  'two fractions of the area, 0 < smallest <= largest <= 1',
 )
 
 SECTIONS = {
-    'model': {
-        'name': Key(str, 'captioner', 'what is trained', tuple(models.MODELS)),
-        'size': Key(str, 'base', 'its size', tuple(models.SIZES)),
-        'patch_size': Key(int, None, "pixels; None: the size's own", check=_POSITIVE, optional=True),
-        'dtype': Key(str, 'float32', 'compute type; parameters are float32', tuple(models.DTYPES)),
-    },
-    'data': {
-        'image_size': Key(int, 224, 'side of the images, pixels', check=_POSITIVE),
-        'text_length': Key(
-            int, 40, 'tokens, with [CLS] and [SEP]', check=(lambda x: x >= 3, 'at least 3')
-        ),
-        'tokenizer': Key(str, 'bytes', 'how captions become tokens', tuple(data.TOKENIZERS)),
-        'vocabulary': Key(str, None, "WordPiece vocabulary file", optional=True),
-        'crop_scale': Key(
-            tuple, (0.2, 1.0), 'area of RandomResizedCrop; None: no crop', check=_AREA_RANGE,
-            optional=True,
-        ),
-        'flip': Key(bool, True, 'mirror at random'),
-        'dataset_size': Key(
-            int, None, 'the N that the source must have; None: what it has', check=_POSITIVE,
-            optional=True,
-        ),
-        'workers': Key(
-            int, 1, 'processes that load data; 0: none', check=_NOT_NEGATIVE, fixed=False
-        ),
-    },
-    'privacy': {
-        'adjacency': Key(str, 'zero_out', 'what neighbouring data sets are', ('zero_out',)),
-        'clip_norm': Key(float, 1.0, 'C', check=_POSITIVE),
-        'clipping': Key(
-            str, 'vmap', 'how per-example clipping is computed', tuple(privacy.CLIPPING_STRATEGIES)
-        ),
-        'mechanism': Key(str, 'gaussian', 'how noise is added', tuple(privacy.MECHANISMS)),
-        'sampler': Key(str, 'poisson', 'how batches are drawn', tuple(privacy.SAMPLERS)),
-        'accountant': Key(str, 'pld', 'what epsilon is read by', tuple(privacy.ACCOUNTANTS)),
-        'expected_batch_size': Key(int, 1024, 'mean size of a logical batch', check=_POSITIVE),
-        'delta': Key(float, None, 'None: 1 / N', check=(lambda x: 0 < x < 1, 'above 0, below 1'),
-                     optional=True),
-        'epsilon': Key(
-            float, None, 'noise is calibrated to it; inf: a run without privacy', check=_POSITIVE,
-            optional=True,
-        ),
-        'noise_multiplier': Key(
-            float, None, 'sigma, in units of C', check=_POSITIVE, optional=True
-        ),
-        'seed': Key(
-            int, None, 'fixed keys for tests, voids the guarantee; None: entropy', optional=True,
-            check=_NOT_NEGATIVE,
-        ),
-    },
-    'optimizer': {
-        'name': Key(str, 'adamw', 'the optimizer', ('adamw',)),
-        'learning_rate': Key(float, 5e-4, 'at its peak', check=_POSITIVE),
-        'warmup_steps': Key(int, 0, 'linear, from 0', check=_NOT_NEGATIVE),
-        'decay_steps': Key(
-            int, None, 'end of the cosine, warm-up counted in; None: train.steps', check=_POSITIVE,
-            optional=True,
-        ),
-        'b1': Key(float, 0.9, 'decay of the first moment', check=_FRACTION),
-        'b2': Key(float, 0.95, 'decay of the second moment', check=_FRACTION),
-        'weight_decay': Key(
-            float, 0.005, 'of matrices; biases and scales have none', check=_NOT_NEGATIVE
-        ),
-    },
-    'mesh': {
-        'physical_batch': Key(int, 16, 'examples at a time on a device', check=_POSITIVE, fixed=False),
-        'batches_per_chunk': Key(
-            int, 8, 'physical batches per transfer to the device', check=_POSITIVE, fixed=False
-        ),
-    },
-    'train': {
-        'steps': Key(int, 1000, 'logical batches', check=_POSITIVE),
-        'model_seed': Key(int, 0, 'of the initial parameters; public', check=_NOT_NEGATIVE),
-        'log_every': Key(int, 1, 'steps', check=_POSITIVE, fixed=False),
-        'checkpoint_every': Key(int, 100, 'steps', check=_POSITIVE, fixed=False),
-        'keep_checkpoints': Key(int, 3, 'the latest ones', check=_POSITIVE, fixed=False),
-        'diagnostics': Key(
-            bool, True, 'write losses, norms and counts: private, outside the guarantee',
-            fixed=False,
-        ),
-    },
+  'model': {
+    'name': Key(str, 'captioner', 'what is trained', tuple(models.MODELS)),
+    'size': Key(str, 'base', 'its size', tuple(models.SIZES)),
+    'patch_size': Key(int, None, "pixels; None: the size's own", check=_POSITIVE, optional=True),
+    'dtype': Key(str, 'float32', 'compute type; parameters are float32', tuple(models.DTYPES)),
+  },
+  'data': {
+    'image_size': Key(int, 224, 'side of the images, pixels', check=_POSITIVE),
+    'text_length': Key(
+      int, 40, 'tokens, with [CLS] and [SEP]', check=(lambda x: x >= 3, 'at least 3')
+    ),
+    'tokenizer': Key(str, 'bytes', 'how captions become tokens', tuple(data.TOKENIZERS)),
+    'vocabulary': Key(str, None, 'WordPiece vocabulary file', optional=True),
+    'crop_scale': Key(
+      tuple,
+      (0.2, 1.0),
+      'area of RandomResizedCrop; None: no crop',
+      check=_AREA_RANGE,
+      optional=True,
+    ),
+    'flip': Key(bool, True, 'mirror at random'),
+    'dataset_size': Key(
+      int,
+      None,
+      'the N that the source must have; None: what it has',
+      check=_POSITIVE,
+      optional=True,
+    ),
+    'workers': Key(int, 1, 'processes that load data; 0: none', check=_NOT_NEGATIVE, fixed=False),
+  },
+  'privacy': {
+    'adjacency': Key(str, 'zero_out', 'what neighbouring data sets are', ('zero_out',)),
+    'clip_norm': Key(float, 1.0, 'C', check=_POSITIVE),
+    'clipping': Key(
+      str, 'vmap', 'how per-example clipping is computed', tuple(privacy.CLIPPING_STRATEGIES)
+    ),
+    'mechanism': Key(str, 'gaussian', 'how noise is added', tuple(privacy.MECHANISMS)),
+    'sampler': Key(str, 'poisson', 'how batches are drawn', tuple(privacy.SAMPLERS)),
+    'accountant': Key(str, 'pld', 'what epsilon is read by', tuple(privacy.ACCOUNTANTS)),
+    'expected_batch_size': Key(int, 1024, 'mean size of a logical batch', check=_POSITIVE),
+    'delta': Key(
+      float, None, 'None: 1 / N', check=(lambda x: 0 < x < 1, 'above 0, below 1'), optional=True
+    ),
+    'epsilon': Key(
+      float,
+      None,
+      'noise is calibrated to it; inf: a run without privacy',
+      check=_POSITIVE,
+      optional=True,
+    ),
+    'noise_multiplier': Key(float, None, 'sigma, in units of C', check=_POSITIVE, optional=True),
+    'seed': Key(
+      int,
+      None,
+      'fixed keys for tests, voids the guarantee; None: entropy',
+      optional=True,
+      check=_NOT_NEGATIVE,
+    ),
+  },
+  'optimizer': {
+    'name': Key(str, 'adamw', 'the optimizer', ('adamw',)),
+    'learning_rate': Key(float, 5e-4, 'at its peak', check=_POSITIVE),
+    'warmup_steps': Key(int, 0, 'linear, from 0', check=_NOT_NEGATIVE),
+    'decay_steps': Key(
+      int,
+      None,
+      'end of the cosine, warm-up counted in; None: train.steps',
+      check=_POSITIVE,
+      optional=True,
+    ),
+    'b1': Key(float, 0.9, 'decay of the first moment', check=_FRACTION),
+    'b2': Key(float, 0.95, 'decay of the second moment', check=_FRACTION),
+    'weight_decay': Key(
+      float, 0.005, 'of matrices; biases and scales have none', check=_NOT_NEGATIVE
+    ),
+  },
+  'mesh': {
+    'physical_batch': Key(int, 16, 'examples at a time on a device', check=_POSITIVE, fixed=False),
+    'batches_per_chunk': Key(
+      int, 8, 'physical batches per transfer to the device', check=_POSITIVE, fixed=False
+    ),
+  },
+  'train': {
+    'steps': Key(int, 1000, 'logical batches', check=_POSITIVE),
+    'model_seed': Key(int, 0, 'of the initial parameters; public', check=_NOT_NEGATIVE),
+    'log_every': Key(int, 1, 'steps', check=_POSITIVE, fixed=False),
+    'checkpoint_every': Key(int, 100, 'steps', check=_POSITIVE, fixed=False),
+    'keep_checkpoints': Key(int, 3, 'the latest ones', check=_POSITIVE, fixed=False),
+    'diagnostics': Key(
+      bool,
+      True,
+      'write losses, norms and counts: private, outside the guarantee',
+      fixed=False,
+    ),
+  },
 }
 
 # The keys of a source beside its name; None where the schema is the constructor's own.
 SOURCES = {
-    'scenes': {
-        'split': Key(str, 'train', 'which scenes', ('train', 'validation', 'test')),
-        'size': Key(int, 100_000, 'how many scenes', check=_POSITIVE),
-        'label': Key(str, 'color', 'what the label tells', tuple(data.SCENE_LABELS)),
-    },
-    'tar_shards': {
-        'path': Key(str, '', 'folder, glob, brace range or URL of the tar shards'),
-        'caption_key': Key(str, 'txt', "extension of the caption, or 'json:FIELD'"),
-        'label_key': Key(str, None, 'field of the json with the label', optional=True),
-        'index_dir': Key(
-            str, None, 'where byte-offset indexes go; None: beside the shards', optional=True,
-            fixed=False,
-        ),
-    },
-    'tfds': {
-        'dataset': Key(str, '', 'name[/config][:version], prepared as array_record'),
-        'split': Key(str, 'train', 'split, in the TFDS slicing language'),
-        'data_dir': Key(str, None, 'None: the TFDS default', optional=True),
-        'image_key': Key(str, 'image', 'feature with the image'),
-        'caption_key': Key(str, None, 'feature with the caption', optional=True),
-        'label_key': Key(str, 'label', 'feature with the label', optional=True),
-        'caption_template': Key(
-            str, None, "caption made from the label, as 'a photo of a {}'", optional=True
-        ),
-    },
+  'scenes': {
+    'split': Key(str, 'train', 'which scenes', ('train', 'validation', 'test')),
+    'size': Key(int, 100_000, 'how many scenes', check=_POSITIVE),
+    'label': Key(str, 'color', 'what the label tells', tuple(data.SCENE_LABELS)),
+  },
+  'tar_shards': {
+    'path': Key(str, '', 'folder, glob, brace range or URL of the tar shards'),
+    'caption_key': Key(str, 'txt', "extension of the caption, or 'json:FIELD'"),
+    'label_key': Key(str, None, 'field of the json with the label', optional=True),
+    'index_dir': Key(
+      str,
+      None,
+      'where byte-offset indexes go; None: beside the shards',
+      optional=True,
+      fixed=False,
+    ),
+  },
+  'tfds': {
+    'dataset': Key(str, '', 'name[/config][:version], prepared as array_record'),
+    'split': Key(str, 'train', 'split, in the TFDS slicing language'),
+    'data_dir': Key(str, None, 'None: the TFDS default', optional=True),
+    'image_key': Key(str, 'image', 'feature with the image'),
+    'caption_key': Key(str, None, 'feature with the caption', optional=True),
+    'label_key': Key(str, 'label', 'feature with the label', optional=True),
+    'caption_template': Key(
+      str, None, "caption made from the label, as 'a photo of a {}'", optional=True
+    ),
+  },
 }
 
 
@@ -231,16 +245,16 @@ def _defaults(keys: dict[str, Key]) -> ml_collections.ConfigDict:
 
 
 EVALUATORS = {
-    'linear_probe': {
-        'train': SOURCES,
-        'test': SOURCES,
-        'features': Key(str, 'model', 'what is probed', evals.FEATURES),
-        'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
-    },
-    'captions': {
-        'source': SOURCES,
-        'images': Key(int, 24, 'how many held-out images to caption', check=_POSITIVE),
-    },
+  'linear_probe': {
+    'train': SOURCES,
+    'test': SOURCES,
+    'features': Key(str, 'model', 'what is probed', evals.FEATURES),
+    'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
+  },
+  'captions': {
+    'source': SOURCES,
+    'images': Key(int, 24, 'how many held-out images to caption', check=_POSITIVE),
+  },
 }
 
 
@@ -261,16 +275,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
   p = tree['privacy']
   if (p['epsilon'] is None) == (p['noise_multiplier'] is None):
     raise UserError(
-        f'privacy.epsilon is {p["epsilon"]} and privacy.noise_multiplier is'
-        f' {p["noise_multiplier"]}; give exactly one of them, and None for the other'
+      f'privacy.epsilon is {p["epsilon"]} and privacy.noise_multiplier is'
+      f' {p["noise_multiplier"]}; give exactly one of them, and None for the other'
     )
   if p['epsilon'] != math.inf and p['mechanism'] == 'none':
     raise UserError("privacy.mechanism is 'none'; it is allowed with privacy.epsilon=inf only")
   o = tree['optimizer']
   if o['warmup_steps'] >= (o['decay_steps'] or tree['train']['steps']):
     raise UserError(
-        f'optimizer.warmup_steps is {o["warmup_steps"]}; it must be below decay_steps'
-        f' ({o["decay_steps"]}), which is train.steps ({tree["train"]["steps"]}) where None'
+      f'optimizer.warmup_steps is {o["warmup_steps"]}; it must be below decay_steps'
+      f' ({o["decay_steps"]}), which is train.steps ({tree["train"]["steps"]}) where None'
     )
   size, patch = tree['data']['image_size'], tree['model']['patch_size']
   patch = patch or models.SIZES[tree['model']['size']].patch_size
@@ -338,15 +352,15 @@ def fixed_part(config_json: str) -> dict:
   """The keys, as 'section.key' -> value, that a run must keep when it resumes."""
   tree = json.loads(config_json)
   fixed = {
-      f'{section}.{name}': tree[section].get(name)
-      for section, keys in SECTIONS.items()
-      for name, key in keys.items()
-      if key.fixed
+    f'{section}.{name}': tree[section].get(name)
+    for section, keys in SECTIONS.items()
+    for name, key in keys.items()
+    if key.fixed
   }
   source = tree['data']['source']
   fixed |= {
-      f'data.source.{name}': value
-      for name, value in source.items()
-      if name == 'name' or SOURCES[source['name']][name].fixed
+    f'data.source.{name}': value
+    for name, value in source.items()
+    if name == 'name' or SOURCES[source['name']][name].fixed
   }
   return fixed

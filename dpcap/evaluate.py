@@ -13,9 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from dpcap import command_line
-from dpcap import data
-from dpcap import evals
+from dpcap import command_line, data, evals
 from dpcap.errors import UserError
 from dpcap.evals import table
 from dpcap.training import build
@@ -56,12 +54,10 @@ def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(named)
     if not path.is_dir() or not path.name.isdigit():
       raise UserError(
-          f'checkpoint is {named}; it must be a directory such as WORKDIR/checkpoints/1000'
+        f'checkpoint is {named}; it must be a directory such as WORKDIR/checkpoints/1000'
       )
     return path
-  steps = [
-      int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit()
-  ]
+  steps = [int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit()]
   if not steps:
     raise UserError(f'{workdir}/checkpoints: holds no checkpoint; train first')
   return workdir / 'checkpoints' / str(max(steps))
@@ -77,26 +73,26 @@ def make_subject(config, checkpoint: pathlib.Path) -> evals.Subject:
   model = build.make_model(config, tokenizer.vocab_size)
   optimizer = make_optimizer(config.optimizer, config.train.steps)
   fresh = init_state(
-      model, optimizer, config.data.image_size, config.data.text_length, config.train.model_seed
+    model, optimizer, config.data.image_size, config.data.text_length, config.train.model_seed
   )
   variables = Checkpoints(checkpoint.parent).restore_model(int(checkpoint.name), fresh)
   transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer)
   return evals.Subject(
-      model=model,
-      variables=variables,
-      untrained={'params': fresh.params, 'frozen': fresh.frozen},
-      transform=transform,
-      make_source=functools.partial(build.make_source, config),
-      workers=config.data.workers,
+    model=model,
+    variables=variables,
+    untrained={'params': fresh.params, 'frozen': fresh.frozen},
+    transform=transform,
+    make_source=functools.partial(build.make_source, config),
+    workers=config.data.workers,
   )
 
 
 def write_result(
-    workdir: pathlib.Path,
-    name: str,
-    result: evals.Result,
-    options: dict[str, Any],
-    checkpoint: pathlib.Path,
+  workdir: pathlib.Path,
+  name: str,
+  result: evals.Result,
+  options: dict[str, Any],
+  checkpoint: pathlib.Path,
 ) -> None:
   """Writes evals/NAME.json, with the options that the evaluator had.
 
@@ -105,13 +101,13 @@ def write_result(
   """
   path = workdir / 'evals' / f'{name}.json'
   record = {
-      'name': name,
-      'metric': result.metric,
-      'value': result.value,
-      'n': result.n,
-      'checkpoint': str(checkpoint),
-      'options': options,
-      **result.details,
+    'name': name,
+    'metric': result.metric,
+    'value': result.value,
+    'n': result.n,
+    'checkpoint': str(checkpoint),
+    'options': options,
+    **result.details,
   }
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

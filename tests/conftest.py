@@ -14,9 +14,9 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 # One cache of compiled programs for this process and those it starts.
 _CACHE = tempfile.mkdtemp(prefix='dpcap-tests-')
 _CACHE_SETTINGS = {
-    'jax_compilation_cache_dir': _CACHE,
-    'jax_persistent_cache_min_compile_time_secs': 0.2,
-    'jax_persistent_cache_min_entry_size_bytes': 0,
+  'jax_compilation_cache_dir': _CACHE,
+  'jax_persistent_cache_min_compile_time_secs': 0.2,
+  'jax_persistent_cache_min_entry_size_bytes': 0,
 }
 for _name, _value in _CACHE_SETTINGS.items():
   jax.config.update(_name, _value)
@@ -30,12 +30,12 @@ def program():
 
   def start(module, *arguments, **more_environment):
     process = subprocess.Popen(
-        [sys.executable, '-m', module, *arguments],
-        cwd=REPOSITORY,
-        env=environment | more_environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+      [sys.executable, '-m', module, *arguments],
+      cwd=REPOSITORY,
+      env=environment | more_environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
     )
     running.append(process)
     return process

@@ -21,7 +21,9 @@ def _refused(program):
 _TINY = '--config=tests/tiny.py'
 
 
-@pytest.mark.parametrize('arguments,parts', [
+@pytest.mark.parametrize(
+  'arguments,parts',
+  [
     ([], ['--config']),
     (['--config=configs/none.py'], ['configs/none.py', 'No such file']),
     (['--config=configs/dpcap_less_data.py:2percent'], ["'2percent'", '10percent, 1percent']),
@@ -32,7 +34,8 @@ _TINY = '--config=tests/tiny.py'
     ([_TINY, '--config.privacy.expected_batch_size=401'], ['401', '400']),
     ([_TINY, '--unknown=1'], ['unknown']),
     ([_TINY, 'stray'], ['stray']),
-])
+  ],
+)
 def test_refused(refused, arguments, parts):
   line = refused(*arguments)
   for part in parts:
@@ -42,14 +45,17 @@ def test_refused(refused, arguments, parts):
 def test_main_programs_need_a_workdir(refused):
   assert '--workdir' in refused(_TINY, module='dpcap.train')
   assert 'holds no checkpoint' in refused(
-      '--config=configs/demo.py', '--workdir=/nonexistent', module='dpcap.evaluate'
+    '--config=configs/demo.py', '--workdir=/nonexistent', module='dpcap.evaluate'
   )
 
 
 def test_none_can_be_given_on_the_command_line(program):
   process = program(
-      'tools.privacy', _TINY, '--config.privacy.noise_multiplier=None',
-      '--config.privacy.epsilon=3', '--config.privacy.accountant=rdp',
+    'tools.privacy',
+    _TINY,
+    '--config.privacy.noise_multiplier=None',
+    '--config.privacy.epsilon=3',
+    '--config.privacy.accountant=rdp',
   )
   output, errors = process.communicate(timeout=60)
   assert process.returncode == 0, errors

@@ -12,8 +12,17 @@ from dpcap.errors import UserError
 from tests import tiny
 
 _EXPERIMENTS = [
-    'demo', 'dpcap', 'dpcap:large', 'dpcap_epsilon2', 'dpcap_batch200k', 'dpcap_less_data',
-    'dpcap_less_data:1percent', 'emoji', 'tar_shards', 'tar_shards:base', 'tfds',
+  'demo',
+  'dpcap',
+  'dpcap:large',
+  'dpcap_epsilon2',
+  'dpcap_batch200k',
+  'dpcap_less_data',
+  'dpcap_less_data:1percent',
+  'emoji',
+  'tar_shards',
+  'tar_shards:base',
+  'tfds',
 ]
 
 
@@ -24,7 +33,9 @@ def test_every_experiment_fits_the_schema(experiment):
   config_lib.validate(module.get_config(*([argument] if argument else [])))
 
 
-@pytest.mark.parametrize('path,value,parts', [
+@pytest.mark.parametrize(
+  'path,value,parts',
+  [
     ('privacy.epsilom', 3.0, ['privacy.epsilom', 'did you mean epsilon']),
     ('surprise', 1, ['surprise', 'no key']),
     ('privacy.delta', 1.0, ['privacy.delta', '1.0', 'below 1']),
@@ -50,7 +61,8 @@ def test_every_experiment_fits_the_schema(experiment):
     ('optimizer.warmup_steps', 6, ['optimizer.warmup_steps', '6', 'train.steps']),
     ('train.steps', 0, ['train.steps', '0', 'above 0']),
     ('evals.probe', {'name': 'k_means'}, ['evals.probe.name', "'k_means'", 'linear_probe']),
-])
+  ],
+)
 def test_bad_values_are_refused(path, value, parts):
   config = tiny.get_config().to_dict()
   *sections, key = path.split('.')
@@ -91,10 +103,10 @@ def test_defaults_are_valid_and_sizes_known():
 
 def test_unknown_source_evaluator_variant_are_refused():
   for make in (
-      lambda: config_lib.source_config('laion'),
-      lambda: config_lib.source_config('scenes', sise=3),
-      lambda: config_lib.evaluator_config('k_means'),
-      lambda: config_lib.choose('part', '3percent', {'1percent': 1}),
+    lambda: config_lib.source_config('laion'),
+    lambda: config_lib.source_config('scenes', sise=3),
+    lambda: config_lib.evaluator_config('k_means'),
+    lambda: config_lib.choose('part', '3percent', {'1percent': 1}),
   ):
     with pytest.raises(UserError, match='allowed'):
       make()

@@ -5,8 +5,8 @@ import json
 import tarfile
 
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from dpcap import data
 
@@ -23,22 +23,22 @@ def _write_shard(path, split, size):
   """Scenes as JPEG in img2dataset's layout, some of them damaged one way or another."""
   scenes = data.Scenes(split=split, size=size, image_size=24, label='count')
   damage = {
-      3: {'jpg': b'not an image'},
-      5: {'txt': None},
-      7: {'txt': b''},
-      9: {'txt': b'\xff\xfe\x00'},
-      11: {'txt': b'word ' * 2000},
-      13: {'jpg': _jpeg(np.full((1, 1, 3), 9, np.uint8))},
-      15: {'jpg': _jpeg(np.full((20, 20, 3), 99, np.uint8), 'CMYK')},
-      17: {'jpg': None},
+    3: {'jpg': b'not an image'},
+    5: {'txt': None},
+    7: {'txt': b''},
+    9: {'txt': b'\xff\xfe\x00'},
+    11: {'txt': b'word ' * 2000},
+    13: {'jpg': _jpeg(np.full((1, 1, 3), 9, np.uint8))},
+    15: {'jpg': _jpeg(np.full((20, 20, 3), 99, np.uint8), 'CMYK')},
+    17: {'jpg': None},
   }
   with tarfile.open(path, 'w') as tar:
     for i in range(size):
       record = scenes[i]
       members = {
-          'jpg': _jpeg(record['image']),
-          'txt': record['caption'].encode(),
-          'json': json.dumps({'label': _CLASSES[record['label']]}).encode(),
+        'jpg': _jpeg(record['image']),
+        'txt': record['caption'].encode(),
+        'json': json.dumps({'label': _CLASSES[record['label']]}).encode(),
       } | (damage.get(i, {}) if split == 'train' else {})
       for extension, content in members.items():
         if content is not None:
@@ -54,10 +54,16 @@ def _run(program, tmp_path_factory):
   _write_shard(folder / 'test-0.tar', 'test', 40)
   workdir = folder / 'run'
   arguments = (
-      f'--config=configs/emoji.py:{folder}', f'--workdir={workdir}', '--config.model.size=micro',
-      '--config.data.text_length=16', '--config.data.workers=1', '--config.train.steps=3',
-      '--config.optimizer.warmup_steps=1', '--config.privacy.expected_batch_size=50',
-      '--config.mesh.physical_batch=8', '--config.train.log_every=1',
+    f'--config=configs/emoji.py:{folder}',
+    f'--workdir={workdir}',
+    '--config.model.size=micro',
+    '--config.data.text_length=16',
+    '--config.data.workers=1',
+    '--config.train.steps=3',
+    '--config.optimizer.warmup_steps=1',
+    '--config.privacy.expected_batch_size=50',
+    '--config.mesh.physical_batch=8',
+    '--config.train.log_every=1',
   )
   process = program('dpcap.train', *arguments)
   output, errors = process.communicate(timeout=240)
@@ -71,7 +77,7 @@ def test_bad_records_are_survived_counted_and_told(run):
   assert 'drawn records cannot be used and contribute zero' in errors
   assert 'Traceback' not in errors
   lines = [
-      json.loads(line) for line in (workdir / 'diagnostics.private.jsonl').read_text().splitlines()
+    json.loads(line) for line in (workdir / 'diagnostics.private.jsonl').read_text().splitlines()
   ]
   # Five of the eight damaged records are unusable; with q = 5/6 nearly all are drawn.
   assert 5 < sum(line['bad_records'] for line in lines) <= 15
@@ -107,7 +113,7 @@ def test_evaluating_as_another_model_is_refused(run, program):
 def test_missing_shards_are_refused(run, program):
   folder, workdir, arguments, _ = run
   process = program(
-      'dpcap.train', f'--config=configs/emoji.py:{folder}/nowhere', f'--workdir={workdir}2'
+    'dpcap.train', f'--config=configs/emoji.py:{folder}/nowhere', f'--workdir={workdir}2'
   )
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 2

@@ -109,12 +109,14 @@ def main(_):
   for name, (_, note) in found.items():
     median = statistics.median(seconds[name])
     print(
-        json.dumps({
-            'decoder': name,
-            'images_per_s': round(len(jpegs) / median, 1),
-            'ratio_to_pillow': round(base / median, 2),
-            'note': f'{note}; mean difference from pillow {errors[name]:.2f} of 255',
-        })
+      json.dumps(
+        {
+          'decoder': name,
+          'images_per_s': round(len(jpegs) / median, 1),
+          'ratio_to_pillow': round(base / median, 2),
+          'note': f'{note}; mean difference from pillow {errors[name]:.2f} of 255',
+        }
+      )
     )
 
 

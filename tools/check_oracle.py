@@ -8,26 +8,31 @@ there are several. The model runs in float32. Exits 2 if the file cannot be read
 """
 
 import argparse
-from collections.abc import Mapping
 import functools
 import json
 import sys
-from typing import Any
 import zipfile
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from dpcap.errors import UserError
 from dpcap.models import Captioner
-from dpcap.models.reference_weights import from_reference
-from dpcap.models.reference_weights import to_reference
-from dpcap.privacy import CLIPPING_STRATEGIES
-from dpcap.privacy import clipped_sum
+from dpcap.models.reference_weights import from_reference, to_reference
+from dpcap.privacy import CLIPPING_STRATEGIES, clipped_sum
 
 MODEL_KEYS = (
-    'vocab_size', 'patch_size', 'width', 'depth', 'heads',
-    'decoder_width', 'decoder_depth', 'decoder_heads')
+  'vocab_size',
+  'patch_size',
+  'width',
+  'depth',
+  'heads',
+  'decoder_width',
+  'decoder_depth',
+  'decoder_heads',
+)
 
 
 class Oracle(dict):
@@ -79,12 +84,14 @@ def oracle_batch(oracle: Oracle, patch_size: int) -> dict[str, np.ndarray]:
   images, tokens = oracle['in/images'], oracle['in/tokens']
   if images.ndim != 4 or images.shape[1] != 3 or any(n % patch_size for n in images.shape[2:]):
     raise UserError(
-        f'oracle file: in/images has shape {images.shape}; it must be (B, 3, H, W), '
-        f'H and W multiples of {patch_size}')
+      f'oracle file: in/images has shape {images.shape}; it must be (B, 3, H, W), '
+      f'H and W multiples of {patch_size}'
+    )
   if tokens.shape[:-1] != images.shape[:1] or tokens.dtype.kind not in 'iu':
     raise UserError(
-        f'oracle file: in/tokens is {tokens.dtype} of shape {tokens.shape}; it must be whole '
-        f'numbers ({len(images)}, L)')
+      f'oracle file: in/tokens is {tokens.dtype} of shape {tokens.shape}; it must be whole '
+      f'numbers ({len(images)}, L)'
+    )
   return {'image': np.moveaxis(images, 1, -1), 'tokens': tokens}
 
 
@@ -113,20 +120,24 @@ def oracle_errors(oracle: Oracle) -> dict[str, Any]:
     encoder = apply(variables, batch['image'], method='encode')
     features = apply(variables, batch['image'], method='features')
     clipped = {
-        name: jax.jit(functools.partial(
-            clipped_sum, loss_fn, clip_norm=clip_norm, strategy=name,
-        ))(variables['params'], batch, mask)
-        for name in CLIPPING_STRATEGIES
+      name: jax.jit(
+        functools.partial(
+          clipped_sum,
+          loss_fn,
+          clip_norm=clip_norm,
+          strategy=name,
+        )
+      )(variables['params'], batch, mask)
+      for name in CLIPPING_STRATEGIES
     }
   return {
-      'loss': relative_error(loss, oracle['out/loss']),
-      'encoder': relative_error(encoder, oracle['out/encoder']),
-      'features': relative_error(features, oracle['out/features']),
-      'grad_norm': max(relative_error(c.norms, oracle['out/grad_norm']) for c in clipped.values()),
-      'clipped_sum': {
-          name: worst_error(to_reference(c.sum, model), reference_sum)
-          for name, c in clipped.items()
-      },
+    'loss': relative_error(loss, oracle['out/loss']),
+    'encoder': relative_error(encoder, oracle['out/encoder']),
+    'features': relative_error(features, oracle['out/features']),
+    'grad_norm': max(relative_error(c.norms, oracle['out/grad_norm']) for c in clipped.values()),
+    'clipped_sum': {
+      name: worst_error(to_reference(c.sum, model), reference_sum) for name, c in clipped.items()
+    },
   }
 
 
@@ -147,7 +158,8 @@ def worst_error(values: Mapping[str, Any], references: Mapping[str, np.ndarray])
 
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
-      prog='python -m tools.check_oracle', description=__doc__.split('\n')[0])
+    prog='python -m tools.check_oracle', description=__doc__.split('\n')[0]
+  )
   parser.add_argument('file', help='an npz file in the layout that tools.make_oracle writes')
   file = parser.parse_args(argv).file
   try:

@@ -13,21 +13,27 @@ file made by the reference implementation.
 import argparse
 import json
 
-from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from dpcap.models import Captioner
-from dpcap.models.positions import image_positions
-from dpcap.models.positions import text_positions
+from dpcap.models.positions import image_positions, text_positions
 from dpcap.models.reference_weights import to_reference
 
 # Sizes that differ wherever they can, so that a transposed array shows; a file under 100 KB.
 IMAGE_SIZE, TEXT_LENGTH, BATCH = 12, 7, 4
 SIZES = dict(
-    vocab_size=19, patch_size=4, width=12, depth=1, heads=3,
-    decoder_width=8, decoder_depth=1, decoder_heads=2)
+  vocab_size=19,
+  patch_size=4,
+  width=12,
+  depth=1,
+  heads=3,
+  decoder_width=8,
+  decoder_depth=1,
+  decoder_heads=2,
+)
 
 
 def make_oracle(seed: int) -> dict[str, np.ndarray]:
@@ -39,7 +45,8 @@ def make_oracle(seed: int) -> dict[str, np.ndarray]:
   variables = jax.jit(model.init)(jax.random.key(seed), images[0], tokens[0])
   # Biases off zero and scales off one: no term of a gradient may vanish by its initial value.
   moved = jax.tree.map(
-      lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), variables['params'])
+    lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), variables['params']
+  )
   frozen = jax.tree.map(np.float32, variables['frozen'])
   variables = jax.tree.map(np.float64, {'params': moved, 'frozen': frozen})
 
@@ -47,9 +54,12 @@ def make_oracle(seed: int) -> dict[str, np.ndarray]:
     return model.apply({**variables, 'params': params}, image, tokens)
 
   loss_and_grad = jax.jit(jax.value_and_grad(loss_fn))
-  losses, grads = zip(*[
+  losses, grads = zip(
+    *[
       loss_and_grad(variables['params'], image.astype(np.float64), row)
-      for image, row in zip(images, tokens)])
+      for image, row in zip(images, tokens)
+    ]
+  )
   grads = [to_reference(grad, model) for grad in grads]
   norms = np.sqrt([sum(np.sum(g**2) for g in grad.values()) for grad in grads])
   clip_norm = np.mean(norms)  # some examples are clipped, some are not
@@ -59,22 +69,27 @@ def make_oracle(seed: int) -> dict[str, np.ndarray]:
   trained = to_reference(moved, model)
   untrained = _untrained(model, frozen, rng)
   meta = dict(
-      **SIZES, image_size=IMAGE_SIZE, text_length=TEXT_LENGTH,
-      trainable=list(trained), frozen=list(untrained))
+    **SIZES,
+    image_size=IMAGE_SIZE,
+    text_length=TEXT_LENGTH,
+    trainable=list(trained),
+    frozen=list(untrained),
+  )
   apply = jax.jit(model.apply, static_argnames='method')
   outputs = {
-      name: apply(variables, images.astype(np.float64), method=method)
-      for name, method in (('out/encoder', 'encode'), ('out/features', 'features'))}
+    name: apply(variables, images.astype(np.float64), method=method)
+    for name, method in (('out/encoder', 'encode'), ('out/features', 'features'))
+  }
   return {
-      'meta': np.array(json.dumps(meta)),
-      **{f'param/{name}': x for name, x in (trained | untrained).items()},
-      'in/images': np.moveaxis(images, -1, 1),
-      'in/tokens': tokens,
-      'out/loss': np.array(losses),
-      **outputs,
-      'out/grad_norm': norms,
-      'out/clip_norm': clip_norm,
-      **{f'out/clipped_sum/{name}': x for name, x in clipped.items()},
+    'meta': np.array(json.dumps(meta)),
+    **{f'param/{name}': x for name, x in (trained | untrained).items()},
+    'in/images': np.moveaxis(images, -1, 1),
+    'in/tokens': tokens,
+    'out/loss': np.array(losses),
+    **outputs,
+    'out/grad_norm': norms,
+    'out/clip_norm': clip_norm,
+    **{f'out/clipped_sum/{name}': x for name, x in clipped.items()},
   }
 
 
@@ -83,7 +98,7 @@ def _captions(rng: np.random.Generator) -> np.ndarray:
   tokens = np.zeros((BATCH, TEXT_LENGTH), np.int32)
   for i, row in enumerate(tokens):
     words = TEXT_LENGTH - 2 - i
-    row[:words + 2] = [1, *rng.integers(3, SIZES['vocab_size'], words), 2]
+    row[: words + 2] = [1, *rng.integers(3, SIZES['vocab_size'], words), 2]
   return tokens
 
 
@@ -93,19 +108,19 @@ def _untrained(model: Captioner, frozen: dict, rng: np.random.Generator) -> dict
   side = IMAGE_SIZE // model.patch_size
   draw = lambda width: rng.normal(scale=0.02, size=width)
   vectors = {
-      'cls_token': flat['encoder/class_token'],
-      'encoder_image_type_embedding': flat['encoder/type_embedding'],
-      'decoder_image_type_embedding': flat['memory_type_embedding'],
-      'decoder_text_type_embedding': flat['decoder/type_embedding'],
-      'encoder_text_type_embedding': draw(model.width),
-      'mask_token': draw(model.decoder_width),
-      'mask_token_text': draw(model.decoder_width),
+    'cls_token': flat['encoder/class_token'],
+    'encoder_image_type_embedding': flat['encoder/type_embedding'],
+    'decoder_image_type_embedding': flat['memory_type_embedding'],
+    'decoder_text_type_embedding': flat['decoder/type_embedding'],
+    'encoder_text_type_embedding': draw(model.width),
+    'mask_token': draw(model.decoder_width),
+    'mask_token_text': draw(model.decoder_width),
   }
   positions = {
-      'pos_embed': image_positions(side, side, model.width),
-      'decoder_pos_embed': image_positions(side, side, model.decoder_width),
-      'text_pos_embed': text_positions(TEXT_LENGTH, model.width),
-      'text_decoder_pos_embed': text_positions(TEXT_LENGTH, model.decoder_width),
+    'pos_embed': image_positions(side, side, model.width),
+    'decoder_pos_embed': image_positions(side, side, model.decoder_width),
+    'text_pos_embed': text_positions(TEXT_LENGTH, model.width),
+    'text_decoder_pos_embed': text_positions(TEXT_LENGTH, model.decoder_width),
   }
   arrays = {name: x[None] for name, x in vectors.items()} | positions
   return {name: np.float32(x[None]) for name, x in arrays.items()}
@@ -113,7 +128,8 @@ def _untrained(model: Captioner, frozen: dict, rng: np.random.Generator) -> dict
 
 def main():
   parser = argparse.ArgumentParser(
-      prog='python -m tools.make_oracle', description=__doc__.split('\n')[0])
+    prog='python -m tools.make_oracle', description=__doc__.split('\n')[0]
+  )
   parser.add_argument('file', help='the npz file to write')
   file = parser.parse_args().file
   jax.config.update('jax_enable_x64', True)

@@ -8,8 +8,7 @@ does not cover the run, or gives no finite bound, is null.
 
 import json
 
-from dpcap import command_line
-from dpcap import privacy
+from dpcap import command_line, privacy
 from dpcap.training import build
 
 _CONFIG = command_line.define_config()
@@ -21,20 +20,20 @@ def main() -> None:
   size = config.data.dataset_size or len(build.make_source(config, config.data.source))
   plan = build.make_plan(config, size)
   print(
-      json.dumps(
-          {
-              **{
-                  f'epsilon_{name}': privacy.accounting.finite_or_none(plan.epsilon(accountant=name))
-                  for name in privacy.ACCOUNTANTS
-              },
-              'delta': plan.delta,
-              'noise_multiplier': plan.noise_multiplier,
-              'sampling_probability': plan.sampling_probability,
-              'steps': plan.steps,
-              'expected_batch_size': plan.expected_batch_size,
-              'dataset_size': plan.dataset_size,
-          }
-      )
+    json.dumps(
+      {
+        **{
+          f'epsilon_{name}': privacy.accounting.finite_or_none(plan.epsilon(accountant=name))
+          for name in privacy.ACCOUNTANTS
+        },
+        'delta': plan.delta,
+        'noise_multiplier': plan.noise_multiplier,
+        'sampling_probability': plan.sampling_probability,
+        'steps': plan.steps,
+        'expected_batch_size': plan.expected_batch_size,
+        'dataset_size': plan.dataset_size,
+      }
+    )
   )
 
 

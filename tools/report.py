@@ -11,14 +11,11 @@ import pathlib
 
 from absl import flags
 
-from dpcap import command_line
-from dpcap import evals
+from dpcap import command_line, evals
 from dpcap.errors import UserError
 from dpcap.evals import table
-from tools.report_parts import page
-from tools.report_parts import probes
-from tools.report_parts.run import read_run
-from tools.report_parts.run import Run
+from tools.report_parts import page, probes
+from tools.report_parts.run import Run, read_run
 
 
 def main() -> None:
@@ -54,10 +51,12 @@ def show(run: Run) -> None:
   if not run.evals:
     print('not evaluated yet')
     return
-  table.show({
+  table.show(
+    {
       name: evals.Result(record['metric'], record['value'], record['n'], record)
       for name, record in run.evals.items()
-  })
+    }
+  )
   for group in probes.comparable(run):
     print(probes.verdict(group))
 

@@ -1,38 +1,32 @@
 """Where examples come from: sources, image operations, text, the batch pipeline."""
 
 from dpcap.data.image import normalize
-from dpcap.data.pipeline import EvaluationBatches
-from dpcap.data.pipeline import Examples
-from dpcap.data.pipeline import iterate
-from dpcap.data.pipeline import LogicalBatches
-from dpcap.data.pipeline import Transform
+from dpcap.data.pipeline import EvaluationBatches, Examples, LogicalBatches, Transform, iterate
 from dpcap.data.scenes import LABELS as SCENE_LABELS
-from dpcap.data.scenes import Scenes
 from dpcap.data.scenes import VOCABULARY_FILE as SCENES_VOCABULARY
+from dpcap.data.scenes import Scenes
 from dpcap.data.source import Source
 from dpcap.data.tar_shards import TarShards
-from dpcap.data.text import make_tokenizer
-from dpcap.data.text import Tokenizer
-from dpcap.data.text import TOKENIZERS
+from dpcap.data.text import TOKENIZERS, Tokenizer, make_tokenizer
 from dpcap.data.tfds_source import TfdsSource
 
 __all__ = [
-    'EvaluationBatches',
-    'Examples',
-    'LogicalBatches',
-    'SCENE_LABELS',
-    'SCENES_VOCABULARY',
-    'Scenes',
-    'Source',
-    'TOKENIZERS',
-    'TarShards',
-    'TfdsSource',
-    'Tokenizer',
-    'Transform',
-    'iterate',
-    'make_source',
-    'make_tokenizer',
-    'normalize',
+  'EvaluationBatches',
+  'Examples',
+  'LogicalBatches',
+  'SCENE_LABELS',
+  'SCENES_VOCABULARY',
+  'Scenes',
+  'Source',
+  'TOKENIZERS',
+  'TarShards',
+  'TfdsSource',
+  'Tokenizer',
+  'Transform',
+  'iterate',
+  'make_source',
+  'make_tokenizer',
+  'normalize',
 ]
 
 

@@ -74,11 +74,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  image: Image.Image,
+  size: int,
+  rng: np.random.Generator,
+  scale: tuple[float, float] = (0.2, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
   """Cuts a random box out of the image and resizes it, as torchvision's RandomResizedCrop does.
 

@@ -6,23 +6,23 @@ The pipeline is one Grain MapDataset whose element e is a function of e alone, s
 order does not depend on the number of workers and a run resumes at any step by seeking.
 """
 
-from collections.abc import Callable, Generator
 import dataclasses
 import math
 import multiprocessing
 import os
+import signal
 import threading
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
-from absl import flags
 import grain
 import numpy as np
+from absl import flags
 
 from dpcap.data import image as image_ops
-from dpcap.data.source import BadRecord
-from dpcap.data.source import Source
-from dpcap.data.source import check_caption
+from dpcap.data.source import BadRecord, Source, check_caption
 from dpcap.data.text import Tokenizer
+from dpcap.errors import UserError
 
 # Bad records whose reason a chunk carries along; the count is always whole.
 _REASONS_KEPT = 3
@@ -98,7 +98,7 @@ class Transform:
     if self.crop_scale is not None:
       least_crop = size / math.sqrt(self.crop_scale[0])
       array = image_ops.random_resized_crop(
-          image_ops.decode(image, math.ceil(least_crop)), size, rng, self.crop_scale
+        image_ops.decode(image, math.ceil(least_crop)), size, rng, self.crop_scale
       )
     elif isinstance(image, np.ndarray) and image.shape == (size, size, 3):
       array = image
@@ -155,8 +155,8 @@ class LogicalBatches:
     first = slot * self.chunk_size
     stop = first + self.chunk_size if slot < self.slots - 1 else len(indices)
     return [
-        self._chunk(step, indices[i : min(i + self.chunk_size, stop)])
-        for i in range(first, min(stop, len(indices)), self.chunk_size)
+      self._chunk(step, indices[i : min(i + self.chunk_size, stop)])
+      for i in range(first, min(stop, len(indices)), self.chunk_size)
     ]
 
   def _chunk(self, step: int, indices: np.ndarray) -> Chunk:
@@ -174,14 +174,12 @@ class LogicalBatches:
         reasons.append(f'record {index}: {bad}')
     shape = (self.batches_per_chunk, self.physical_batch)
     return Chunk(
-        examples=Examples(
-            images.reshape(*shape, size, size, 3), tokens.reshape(*shape, length)
-        ),
-        mask=mask.reshape(shape),
-        live=math.ceil(len(indices) / self.physical_batch),
-        drawn=len(indices),
-        bad=len(reasons),
-        reasons=reasons[:_REASONS_KEPT],
+      examples=Examples(images.reshape(*shape, size, size, 3), tokens.reshape(*shape, length)),
+      mask=mask.reshape(shape),
+      live=math.ceil(len(indices) / self.physical_batch),
+      drawn=len(indices),
+      bad=len(reasons),
+      reasons=reasons[:_REASONS_KEPT],
     )
 
 
@@ -190,6 +188,9 @@ def iterate(data, start: int, workers: int, buffer: int = 2) -> Generator:
 
   Close the generator if it is not read to its end: that ends the workers.
 
+  Raises:
+    UserError: if a worker dies.
+
   Args:
     data: anything with a length and items, as LogicalBatches.
     start: the first element.
@@ -197,27 +198,37 @@ def iterate(data, start: int, workers: int, buffer: int = 2) -> Generator:
     buffer: elements that each worker holds ready.
   """
   dataset = grain.MapDataset.source(data)[start:].to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
+    grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
   )
   if workers:
     # Grain reads absl flags here, also in programs that have none.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
-        worker_init_fn=_end_with_parent,
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
+      worker_init_fn=_start_worker,
     )
   elements = iter(dataset)
   try:
     yield from elements
+  except RuntimeError as e:
+    if 'terminated unexpectedly' not in str(e):
+      raise
+    raise UserError(
+      f'a data worker died (out of memory, or killed?): {e}; the same command goes on from'
+      ' the last checkpoint'
+    ) from e
   finally:
     if workers:
       elements.close()
 
 
-def _end_with_parent(worker: int, count: int) -> None:
-  """Ends this worker process when the one that started it is gone, however it died."""
+def _start_worker(worker: int, count: int) -> None:
+  """Ties the life of this worker process to the one that started it, however that ends."""
   del worker, count
+  # Ctrl-C and schedulers signal the whole group: to stop and save is the main process's part.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
 
   def watch():

@@ -20,14 +20,14 @@ from dpcap.data.source import Record
 from dpcap.errors import UserError
 
 COLORS = {
-    'red': (220, 40, 40),
-    'orange': (245, 140, 30),
-    'yellow': (240, 220, 50),
-    'green': (50, 170, 70),
-    'cyan': (60, 200, 210),
-    'blue': (50, 80, 210),
-    'purple': (140, 60, 180),
-    'white': (240, 240, 240),
+  'red': (220, 40, 40),
+  'orange': (245, 140, 30),
+  'yellow': (240, 220, 50),
+  'green': (50, 170, 70),
+  'cyan': (60, 200, 210),
+  'blue': (50, 80, 210),
+  'purple': (140, 60, 180),
+  'white': (240, 240, 240),
 }
 SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
 SIZES = ('small', 'large')
@@ -65,13 +65,13 @@ class Scene(NamedTuple):
 
 # What a probe can be asked: name -> (class names, scene -> class name).
 LABELS = {
-    'color': (tuple(COLORS), lambda scene: scene.large.color),
-    'shape': (SHAPES, lambda scene: scene.large.shape),
-    'count': (('1', '2', '3', '4'), lambda scene: str(len(scene.things))),
-    'color_shape': (
-        tuple(f'{color} {shape}' for color in COLORS for shape in SHAPES),
-        lambda scene: f'{scene.large.color} {scene.large.shape}',
-    ),
+  'color': (tuple(COLORS), lambda scene: scene.large.color),
+  'shape': (SHAPES, lambda scene: scene.large.shape),
+  'count': (('1', '2', '3', '4'), lambda scene: str(len(scene.things))),
+  'color_shape': (
+    tuple(f'{color} {shape}' for color in COLORS for shape in SHAPES),
+    lambda scene: f'{scene.large.color} {scene.large.shape}',
+  ),
 }
 
 
@@ -97,9 +97,7 @@ class Scenes:
   def __post_init__(self):
     for name, allowed in (('split', _SPLITS), ('label', tuple(LABELS))):
       if getattr(self, name) not in allowed:
-        raise UserError(
-            f'scenes: {name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}'
-        )
+        raise UserError(f'scenes: {name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}')
     for name in ('size', 'image_size'):
       if getattr(self, name) < 1:
         raise UserError(f'scenes: {name} is {getattr(self, name)}; it must be at least 1')
@@ -119,9 +117,9 @@ class Scenes:
     rng = self._rng(index)
     scene = _draw_scene(rng)
     return Record(
-        image=_render(scene, self.image_size, rng),
-        caption=caption(scene),
-        label=self.class_names.index(LABELS[self.label][1](scene)),
+      image=_render(scene, self.image_size, rng),
+      caption=caption(scene),
+      label=self.class_names.index(LABELS[self.label][1](scene)),
     )
 
   def scene(self, index: int) -> Scene:
@@ -155,7 +153,7 @@ def _draw_scene(rng: np.random.Generator) -> Scene:
     shape = SHAPES[rng.integers(len(SHAPES))]
     things.append(Thing(SIZES[i == large], color, shape, float(x), float(y), float(radius)))
   relations = tuple(
-      _relation(a, b, bool(rng.random() < 0.5)) for a, b in zip(cells[:-1], cells[1:])
+    _relation(a, b, bool(rng.random() < 0.5)) for a, b in zip(cells[:-1], cells[1:])
   )
   return Scene(tuple(things), relations)
 

@@ -70,13 +70,13 @@ class TarShards:
   """
 
   def __init__(
-      self,
-      path: str | os.PathLike | Sequence[str | os.PathLike],
-      image_keys: Sequence[str] = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff'),
-      caption_key: str = 'txt',
-      label_key: str | None = None,
-      class_names: Sequence[str] | None = None,
-      index_dir: str | os.PathLike | None = None,
+    self,
+    path: str | os.PathLike | Sequence[str | os.PathLike],
+    image_keys: Sequence[str] = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff'),
+    caption_key: str = 'txt',
+    label_key: str | None = None,
+    class_names: Sequence[str] | None = None,
+    index_dir: str | os.PathLike | None = None,
   ):
     prefix, _, field = caption_key.partition(':')
     if field and prefix != 'json':
@@ -87,7 +87,7 @@ class TarShards:
     self._label_key = label_key
     collect = label_key is not None and class_names is None
     wanted = _Wanted(
-        tuple(image_keys), '' if field else caption_key, label_key if collect else None
+      tuple(image_keys), '' if field else caption_key, label_key if collect else None
     )
     shards = _find_shards(path)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -104,8 +104,8 @@ class TarShards:
         names.update(index.labels)
     if not counts:
       raise UserError(
-          f'data path {path}: {len(shards)} shard(s) found, but none holds a sample;'
-          f' expected tar files with members KEY.{image_keys[0]} and KEY.{prefix}'
+        f'data path {path}: {len(shards)} shard(s) found, but none holds a sample;'
+        f' expected tar files with members KEY.{image_keys[0]} and KEY.{prefix}'
       )
     self._ends = list(itertools.accumulate(counts))
     if collect:
@@ -181,14 +181,13 @@ def _find_shards(path) -> list[str]:
         missing = [name for name, exists in zip(named, pool.map(_exists, named)) if not exists]
       if missing:
         raise UserError(
-            f'data path {pattern}: {len(missing)} of {len(named)} shards missing,'
-            f' first {missing[0]}'
+          f'data path {pattern}: {len(missing)} of {len(named)} shards missing, first {missing[0]}'
         )
       shards += named
       continue
     fs, root = fsspec.core.url_to_fs(pattern)
     if fs.isdir(root):
-      found = fs.glob(f"{glob.escape(root.rstrip('/'))}/*.tar")
+      found = fs.glob(f'{glob.escape(root.rstrip("/"))}/*.tar')
       expected = '*.tar files in this folder'
     elif fs.isfile(root):
       found, expected = [root], ''
@@ -196,8 +195,8 @@ def _find_shards(path) -> list[str]:
       found, expected = fs.glob(root), 'tar files that match this pattern'
     else:
       raise UserError(
-          f'data path {pattern}: does not exist;'
-          f' expected a folder of *.tar, a file, a glob or a range {{00000..00041}}.tar'
+        f'data path {pattern}: does not exist;'
+        f' expected a folder of *.tar, a file, a glob or a range {{00000..00041}}.tar'
       )
     if not found:
       raise UserError(f'data path {pattern}: no shard found; expected {expected}')
@@ -214,7 +213,7 @@ def _expand_braces(pattern: str) -> list[str]:
   first, last = match.groups()
   if int(first) > int(last):
     raise UserError(
-        f'data path {pattern}: the range {match.group()} is empty; expected {{LOW..HIGH}}'
+      f'data path {pattern}: the range {match.group()} is empty; expected {{LOW..HIGH}}'
     )
   numbers = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
   heads = (pattern[: match.start()] + number for number in numbers)
@@ -256,8 +255,8 @@ def _index(shard: str, wanted: _Wanted, index_dir) -> _Index:
     except OSError as error:
       reason = error
   raise UserError(
-      f'index of shard {shard}: cannot be written to {files[-1]} ({reason});'
-      f' expected a writable index_dir'
+    f'index of shard {shard}: cannot be written to {files[-1]} ({reason});'
+    f' expected a writable index_dir'
   )
 
 
@@ -384,9 +383,9 @@ def _read_parts(shard: str, row: np.ndarray, wanted: Sequence[bool]) -> list[byt
     BadRecord: the shard is shorter than it was when it was indexed.
   """
   spans = sorted(
-      (int(offset), int(offset + size), part)
-      for part, (offset, size) in enumerate(row)
-      if wanted[part] and size
+    (int(offset), int(offset + size), part)
+    for part, (offset, size) in enumerate(row)
+    if wanted[part] and size
   )
   reads: list[list[tuple[int, int, int]]] = []
   for span in spans:

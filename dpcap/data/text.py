@@ -12,7 +12,6 @@ import tokenizers
 
 from dpcap.errors import UserError
 
-
 TOKENIZERS = ('bytes', 'wordpiece')
 
 
@@ -97,17 +96,17 @@ class WordPieceTokenizer:
         lines = [line.rstrip('\r\n') for line in file]
     except (OSError, UnicodeError) as error:
       raise UserError(
-          f'vocabulary {vocab_file}: cannot be read ({error}); expected text, one token a line'
+        f'vocabulary {vocab_file}: cannot be read ({error}); expected text, one token a line'
       ) from error
     ids = {token: i for i, token in enumerate(lines)}
     missing = [token for token in ('[PAD]', '[UNK]', '[CLS]', '[SEP]') if token not in ids]
     if missing:
       raise UserError(
-          f"vocabulary {vocab_file}: lacks {', '.join(missing)}; expected a BERT vocabulary"
+        f'vocabulary {vocab_file}: lacks {", ".join(missing)}; expected a BERT vocabulary'
       )
     if ids['[PAD]'] != self.pad_id:
       raise UserError(
-          f"vocabulary {vocab_file}: [PAD] has id {ids['[PAD]']}; expected it on line 1, id 0"
+        f'vocabulary {vocab_file}: [PAD] has id {ids["[PAD]"]}; expected it on line 1, id 0'
       )
     self.vocab_size = len(lines)
     self.cls_id = ids['[CLS]']
@@ -128,7 +127,7 @@ class WordPieceTokenizer:
     return self._tokenizer.decode(body)
 
 
-TOKENIZERS = ("bytes", "wordpiece")
+TOKENIZERS = ('bytes', 'wordpiece')
 
 
 def make_tokenizer(name: str, vocabulary: str | None = None) -> Tokenizer:
@@ -144,7 +143,7 @@ def make_tokenizer(name: str, vocabulary: str | None = None) -> Tokenizer:
   if name == 'wordpiece':
     if not vocabulary:
       raise UserError(
-          "tokenizer 'wordpiece' has no vocabulary; expected a file, such as BERT's vocab.txt"
+        "tokenizer 'wordpiece' has no vocabulary; expected a file, such as BERT's vocab.txt"
       )
     return WordPieceTokenizer(vocabulary)
-  raise UserError(f"tokenizer is {name!r}; allowed: {', '.join(map(repr, TOKENIZERS))}")
+  raise UserError(f'tokenizer is {name!r}; allowed: {", ".join(map(repr, TOKENIZERS))}')

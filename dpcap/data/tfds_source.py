@@ -35,14 +35,14 @@ class TfdsSource:
   """
 
   def __init__(
-      self,
-      dataset: str,
-      split: str,
-      data_dir: str | None = None,
-      image_key: str = 'image',
-      caption_key: str | None = None,
-      label_key: str | None = 'label',
-      caption_template: str | None = None,
+    self,
+    dataset: str,
+    split: str,
+    data_dir: str | None = None,
+    image_key: str = 'image',
+    caption_key: str | None = None,
+    label_key: str | None = 'label',
+    caption_template: str | None = None,
   ):
     builder = _find(dataset, data_dir)
     features = _flatten(builder.info.features)
@@ -59,8 +59,8 @@ class TfdsSource:
     if caption_template is not None:
       if caption_key is not None or not self.class_names or '{}' not in caption_template:
         raise UserError(
-            f'caption_template is {caption_template!r}; it must contain {{}}, and needs a label_key'
-            f' (got {label_key!r}) and no caption_key (got {caption_key!r})'
+          f'caption_template is {caption_template!r}; it must contain {{}}, and needs a label_key'
+          f' (got {label_key!r}) and no caption_key (got {caption_key!r})'
         )
     self._image_key = image_key
     self._caption_key = caption_key
@@ -117,14 +117,14 @@ def _find(name: str, data_dir: str | None):
     return read_only_builder.builder_from_files(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
     raise UserError(
-        f'TFDS data set {name!r}: not found in {place};'
-        f' expected it prepared there, as by `tfds build --file_format=array_record`'
+      f'TFDS data set {name!r}: not found in {place};'
+      f' expected it prepared there, as by `tfds build --file_format=array_record`'
     ) from error
   except Exception as error:  # ValueError, AssertionError, OSError, JSON and protocol buffer errors
     reason = str(error).partition('\n')[0]
     raise UserError(
-        f'TFDS data set {name!r}: cannot be opened in {place} ({type(error).__name__}: {reason});'
-        f' expected NAME[/CONFIG][:VERSION], prepared by `tfds build --file_format=array_record`'
+      f'TFDS data set {name!r}: cannot be opened in {place} ({type(error).__name__}: {reason});'
+      f' expected NAME[/CONFIG][:VERSION], prepared by `tfds build --file_format=array_record`'
     ) from error
 
 
@@ -133,28 +133,28 @@ def _open(builder, name: str, split: str):
   if tfds.core.FileFormat.ARRAY_RECORD not in formats:
     prepared_as = ', '.join(sorted(format.value for format in formats)) or 'nothing'
     raise UserError(
-        f'TFDS data set {name!r}: prepared as {prepared_as} in {builder.data_dir};'
-        f' expected array_record (see `tfds build --file_format` and `tfds convert_format`)'
+      f'TFDS data set {name!r}: prepared as {prepared_as} in {builder.data_dir};'
+      f' expected array_record (see `tfds build --file_format` and `tfds convert_format`)'
     )
   try:
     source = builder.as_data_source(
-        split,
-        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
+      split,
+      deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+      file_format=tfds.core.FileFormat.ARRAY_RECORD,
     )
   except ValueError as error:
     splits = ', '.join(f'{key} ({info.num_examples})' for key, info in builder.info.splits.items())
     raise UserError(
-        f'TFDS data set {name!r}: split {split!r} is unknown or empty;'
-        f' available: {splits}, and slices of them'
+      f'TFDS data set {name!r}: split {split!r} is unknown or empty;'
+      f' available: {splits}, and slices of them'
     ) from error
   instructions = builder.info.splits[split].file_instructions
   present = {path.name for path in builder.data_path.iterdir()}
   missing = [i.filename for i in instructions if i.filename.rpartition('/')[2] not in present]
   if missing:
     raise UserError(
-        f'TFDS data set {name!r}: {len(missing)} of {len(instructions)} files missing,'
-        f' first {missing[0]}'
+      f'TFDS data set {name!r}: {len(missing)} of {len(instructions)} files missing,'
+      f' first {missing[0]}'
     )
   return source.data_source
 
@@ -166,9 +166,9 @@ def _flatten(features, prefix: str = '') -> dict[str, object]:
   if not isinstance(features, tfds.features.FeaturesDict):
     return {prefix: features}
   return {
-      key: leaf
-      for name, feature in features.items()
-      for key, leaf in _flatten(feature, f'{prefix}/{name}' if prefix else name).items()
+    key: leaf
+    for name, feature in features.items()
+    for key, leaf in _flatten(feature, f'{prefix}/{name}' if prefix else name).items()
   }
 
 
@@ -177,6 +177,6 @@ def _check(name: str, option: str, key: str, features: dict[str, object], kind: 
     found = f'of kind {type(features[key]).__name__}' if key in features else 'no feature of it'
     allowed = sorted(other for other, feature in features.items() if isinstance(feature, kind))
     raise UserError(
-        f'TFDS data set {name!r}: {option} is {key!r}, which is {found};'
-        f" expected {kind.__name__}, one of: {', '.join(allowed) or 'none there'}"
+      f'TFDS data set {name!r}: {option} is {key!r}, which is {found};'
+      f' expected {kind.__name__}, one of: {", ".join(allowed) or "none there"}'
     )

@@ -3,11 +3,9 @@
 An evaluator takes a Subject and its own options and returns a Result; EVALUATORS lists them.
 """
 
-from dpcap.evals import captions
-from dpcap.evals import linear_probe
+from dpcap.evals import captions, linear_probe
 from dpcap.evals.features import FEATURES
-from dpcap.evals.subject import Result
-from dpcap.evals.subject import Subject
+from dpcap.evals.subject import Result, Subject
 
 # name in the config -> function(subject, **options) -> Result
 EVALUATORS = {'linear_probe': linear_probe.evaluate, 'captions': captions.evaluate}

@@ -7,8 +7,7 @@ import numpy as np
 from dpcap import data
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
-from dpcap.evals.subject import Result
-from dpcap.evals.subject import Subject
+from dpcap.evals.subject import Result, Subject
 
 
 def evaluate(subject: Subject, *, source, images: int) -> Result:
@@ -46,15 +45,14 @@ def evaluate(subject: Subject, *, source, images: int) -> Result:
   written = [tokenizer.decode(row[1:]) for row in tokens]
   given = [tokenizer.decode(example.tokens[1:]) for example in examples]
   return Result(
-      metric='exact_match',
-      value=float(np.mean([a == b for a, b in zip(written, given)])),
-      n=len(kept),
-      details={
-          'captions': [
-              {'index': index, 'written': a, 'given': b}
-              for index, a, b in zip(kept, written, given)
-          ]
-      },
+    metric='exact_match',
+    value=float(np.mean([a == b for a, b in zip(written, given)])),
+    n=len(kept),
+    details={
+      'captions': [
+        {'index': index, 'written': a, 'given': b} for index, a, b in zip(kept, written, given)
+      ]
+    },
   )
 
 

@@ -10,7 +10,7 @@ FEATURES = ('model', 'untrained', 'pixels')
 
 
 def extract(
-    subject: Subject, source: data.Source, kind: str, batch_size: int
+  subject: Subject, source: data.Source, kind: str, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Features and labels of all usable labelled images of a source.
 

@@ -14,8 +14,7 @@ import optax
 
 from dpcap.errors import UserError
 from dpcap.evals import features as features_lib
-from dpcap.evals.subject import Result
-from dpcap.evals.subject import Subject
+from dpcap.evals.subject import Result, Subject
 
 L2_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _HELD_OUT = 0.2
@@ -43,8 +42,8 @@ def evaluate(subject: Subject, *, train, test, features: str, batch_size: int) -
   if sources['test'].class_names != classes:
     different = sorted(set(classes) ^ set(sources['test'].class_names))
     raise UserError(
-        'linear_probe: the train and test sources have different classes:'
-        f' {", ".join(different[:5]) or "the same names in another order"}'
+      'linear_probe: the train and test sources have different classes:'
+      f' {", ".join(different[:5]) or "the same names in another order"}'
     )
   x_train, y_train = features_lib.extract(subject, sources['train'], features, batch_size)
   x_test, y_test = features_lib.extract(subject, sources['test'], features, batch_size)
@@ -54,22 +53,22 @@ def evaluate(subject: Subject, *, train, test, features: str, batch_size: int) -
   correct = probe(x_test) == y_test
   value, n = float(np.mean(correct)), len(y_test)
   return Result(
-      metric='top1',
-      value=value,
-      n=n,
-      details={
-          'interval95': wilson_interval(value, n),
-          'features': features,
-          'dimension': x_train.shape[1],
-          'n_train': len(y_train),
-          'l2': l2,
-          'classes': list(classes),
-          'per_class': {
-              name: float(np.mean(correct[y_test == i]))
-              for i, name in enumerate(classes)
-              if np.any(y_test == i)
-          },
+    metric='top1',
+    value=value,
+    n=n,
+    details={
+      'interval95': wilson_interval(value, n),
+      'features': features,
+      'dimension': x_train.shape[1],
+      'n_train': len(y_train),
+      'l2': l2,
+      'classes': list(classes),
+      'per_class': {
+        name: float(np.mean(correct[y_test == i]))
+        for i, name in enumerate(classes)
+        if np.any(y_test == i)
       },
+    },
   )
 
 
@@ -137,9 +136,7 @@ def _minimise(weights, x, y, l2):
   def iterate(carry):
     weights, state, i, _ = carry
     value, grad = value_and_grad(weights, state=state)
-    updates, state = solver.update(
-        grad, state, weights, value=value, grad=grad, value_fn=objective
-    )
+    updates, state = solver.update(grad, state, weights, value=value, grad=grad, value_fn=objective)
     return optax.apply_updates(weights, updates), state, i + 1, optax.tree.norm(grad)
 
   def unfinished(carry):

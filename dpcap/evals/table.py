@@ -14,10 +14,10 @@ def show(results: dict[str, Result]) -> None:
   for name, result in results.items():
     interval = result.details.get('interval95')
     table.add_row(
-        name,
-        result.metric,
-        f'{result.value:.1%}',
-        f'{100 * interval[0]:.1f} – {100 * interval[1]:.1f}' if interval else '',
-        f'{result.n:,}',
+      name,
+      result.metric,
+      f'{result.value:.1%}',
+      f'{100 * interval[0]:.1f} – {100 * interval[1]:.1f}' if interval else '',
+      f'{result.n:,}',
     )
   Console().print(table)

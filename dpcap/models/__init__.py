@@ -8,10 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dpcap.errors import UserError
-from dpcap.models.captioner import PADDING
-from dpcap.models.captioner import Captioner
-from dpcap.models.sizes import SIZES
-from dpcap.models.sizes import Size
+from dpcap.models.captioner import PADDING, Captioner
+from dpcap.models.sizes import SIZES, Size
 
 __all__ = ['Captioner', 'MODELS', 'PADDING', 'SIZES', 'Size', 'make_model']
 
@@ -20,13 +18,13 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 def make_model(
-    name: str,
-    *,
-    size: str,
-    image_size: int,
-    vocab_size: int,
-    dtype: str = 'float32',
-    patch_size: int | None = None,
+  name: str,
+  *,
+  size: str,
+  image_size: int,
+  vocab_size: int,
+  dtype: str = 'float32',
+  patch_size: int | None = None,
 ) -> nn.Module:
   """A model by name; nothing is initialised.
 
@@ -54,6 +52,6 @@ def make_model(
     shape = shape._replace(patch_size=patch_size)
   if image_size < 1 or image_size % shape.patch_size:
     raise UserError(
-        f'image_size={image_size} must be a positive multiple of the patch size, '
-        f'{shape.patch_size}')
+      f'image_size={image_size} must be a positive multiple of the patch size, {shape.patch_size}'
+    )
   return MODELS[name](vocab_size=vocab_size, dtype=DTYPES[dtype], **shape._asdict())

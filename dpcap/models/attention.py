@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def attend(
-    q_TxD: jax.Array, k_SxD: jax.Array, v_SxD: jax.Array, *, heads: int, causal: bool
+  q_TxD: jax.Array, k_SxD: jax.Array, v_SxD: jax.Array, *, heads: int, causal: bool
 ) -> jax.Array:
   """Multi-head attention of T queries over S keys and values; returns (..., T, D).
 
@@ -18,10 +18,10 @@ def attend(
   q_TxHxC, k_SxHxC, v_SxHxC = split(q_TxD), split(k_SxD), split(v_SxD)
   softmax_dtype = jnp.promote_types(q_TxD.dtype, jnp.float32)
   scores_HxTxS = jnp.einsum(
-      '...thc,...shc->...hts',
-      q_TxHxC * q_TxHxC.shape[-1] ** -0.5,
-      k_SxHxC,
-      preferred_element_type=softmax_dtype,
+    '...thc,...shc->...hts',
+    q_TxHxC * q_TxHxC.shape[-1] ** -0.5,
+    k_SxHxC,
+    preferred_element_type=softmax_dtype,
   )
   if causal:
     seen_TxS = jnp.tri(*scores_HxTxS.shape[-2:], dtype=bool)

@@ -10,10 +10,7 @@ import jax.numpy as jnp
 
 from dpcap.models.decoder import CaptionDecoder
 from dpcap.models.positions import image_positions
-from dpcap.models.vit import Dense
-from dpcap.models.vit import ViT
-from dpcap.models.vit import frozen
-from dpcap.models.vit import patch_grid
+from dpcap.models.vit import Dense, ViT, frozen, patch_grid
 
 PADDING = 0  # the token id that carries no loss
 
@@ -50,7 +47,8 @@ class Captioner(nn.Module):
     self.memory_projection = Dense(self.decoder_width, dtype=self.dtype)
     self.memory_type_embedding = frozen(self, 'memory_type_embedding', self.decoder_width)
     self.decoder = CaptionDecoder(
-        self.vocab_size, self.decoder_width, self.decoder_depth, self.decoder_heads, self.dtype)
+      self.vocab_size, self.decoder_width, self.decoder_depth, self.decoder_heads, self.dtype
+    )
 
   def encode(self, image_HxWx3: jax.Array) -> jax.Array:
     """Encoder output (..., 1+P, width), after its last LayerNorm; class token first."""
@@ -60,9 +58,13 @@ class Captioner(nn.Module):
     """What the decoder attends to, (..., 1+P, decoder_width)."""
     memory_SxD = self.memory_projection(self.encode(image_HxWx3))
     positions_SxD = image_positions(
-        *patch_grid(image_HxWx3.shape, self.patch_size), self.decoder_width)
-    return (memory_SxD + jnp.asarray(positions_SxD, memory_SxD.dtype)
-            + self.memory_type_embedding.astype(memory_SxD.dtype))
+      *patch_grid(image_HxWx3.shape, self.patch_size), self.decoder_width
+    )
+    return (
+      memory_SxD
+      + jnp.asarray(positions_SxD, memory_SxD.dtype)
+      + self.memory_type_embedding.astype(memory_SxD.dtype)
+    )
 
   def features(self, image_HxWx3: jax.Array) -> jax.Array:
     """Image features for probing, (..., decoder_width): the mean over the memory's tokens."""

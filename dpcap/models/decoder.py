@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from dpcap.models.attention import attend
 from dpcap.models.positions import text_positions
-from dpcap.models.vit import Dense
-from dpcap.models.vit import frozen
+from dpcap.models.vit import Dense, frozen
 
 
 class DecoderBlock(nn.Module):
@@ -59,8 +58,12 @@ class CaptionDecoder(nn.Module):
   @nn.compact
   def __call__(self, memory_SxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
     embed = nn.Embed(
-        self.vocab_size, self.width, dtype=self.dtype, name='token_embedding',
-        embedding_init=nn.initializers.normal(1.0))
+      self.vocab_size,
+      self.width,
+      dtype=self.dtype,
+      name='token_embedding',
+      embedding_init=nn.initializers.normal(1.0),
+    )
     type_embedding_D = frozen(self, 'type_embedding', self.width)
     positions_TxD = text_positions(tokens_T.shape[-1], self.width)
 

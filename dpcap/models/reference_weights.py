@@ -4,22 +4,18 @@ The official checkpoints are a dict whose entry "model" maps names to PyTorch te
 numpy arrays those are what `from_reference` reads.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
 import math
-from typing import Any
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict
-from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dpcap.errors import UserError
 from dpcap.models.captioner import Captioner
-from dpcap.models.positions import image_positions
-from dpcap.models.positions import text_positions
+from dpcap.models.positions import image_positions, text_positions
 
 # In every official checkpoint, but no output of DP-Cap depends on them.
 UNUSED = ('text_pos_embed', 'encoder_text_type_embedding', 'mask_token', 'mask_token_text')
@@ -43,8 +39,9 @@ _TOKEN = _Layout(lambda x: x.reshape(x.shape[-1]), lambda x: x[None, None])  # 1
 def _patch_layout(patch_size: int) -> _Layout:
   """Convolution kernel out x 3 x p x p <-> Dense kernel over patches (p * p * 3) x out."""
   return _Layout(
-      lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-      lambda x: x.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1))
+    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+    lambda x: x.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1),
+  )
 
 
 def from_reference(arrays: Mapping[str, np.ndarray], model: Captioner) -> dict[str, Any]:
@@ -63,13 +60,16 @@ def from_reference(arrays: Mapping[str, np.ndarray], model: Captioner) -> dict[s
   """
   # Weights depend neither on the image's size nor on the text's length: init on the least.
   variables = jax.eval_shape(
-      model.init, jax.random.key(0),
-      jnp.zeros((model.patch_size, model.patch_size, 3)), jnp.zeros(2, jnp.int32))
+    model.init,
+    jax.random.key(0),
+    jnp.zeros((model.patch_size, model.patch_size, 3)),
+    jnp.zeros(2, jnp.int32),
+  )
   expected = flatten_dict(variables)
   table = {
-      name: ((collection, *path), layout)
-      for collection, names in (('params', _trained(model)), ('frozen', _FROZEN))
-      for name, (path, layout) in names.items()
+    name: ((collection, *path), layout)
+    for collection, names in (('params', _trained(model)), ('frozen', _FROZEN))
+    for name, (path, layout) in names.items()
   }
   for name in arrays:
     if name not in table and name not in UNUSED and name not in _POSITIONS:
@@ -81,7 +81,8 @@ def from_reference(arrays: Mapping[str, np.ndarray], model: Captioner) -> dict[s
     allowed = layout.save(np.zeros(expected[path].shape, bool)).shape
     if array.shape != allowed:
       raise UserError(
-          f'reference weights: {name!r} has shape {array.shape}; this captioner needs {allowed}')
+        f'reference weights: {name!r} has shape {array.shape}; this captioner needs {allowed}'
+      )
     flat[path] = layout.load(array.astype(np.float32))
   for name, (is_image, width) in _POSITIONS.items():
     _check_positions(name, _get(arrays, name), is_image, getattr(model, width))
@@ -95,8 +96,7 @@ def to_reference(params: Mapping[str, Any], model: Captioner) -> dict[str, np.nd
   """
   flat = flatten_dict(params)
   return {
-      name: layout.save(np.asarray(flat[path]))
-      for name, (path, layout) in _trained(model).items()
+    name: layout.save(np.asarray(flat[path])) for name, (path, layout) in _trained(model).items()
   }
 
 
@@ -145,17 +145,17 @@ def _trained(model: Captioner) -> dict[str, tuple[tuple[str, ...], _Layout]]:
 
 # Reference name -> (path in 'frozen', layout).
 _FROZEN = {
-    'cls_token': (('encoder', 'class_token'), _TOKEN),
-    'encoder_image_type_embedding': (('encoder', 'type_embedding'), _TOKEN),
-    'decoder_image_type_embedding': (('memory_type_embedding',), _TOKEN),
-    'decoder_text_type_embedding': (('decoder', 'type_embedding'), _TOKEN),
+  'cls_token': (('encoder', 'class_token'), _TOKEN),
+  'encoder_image_type_embedding': (('encoder', 'type_embedding'), _TOKEN),
+  'decoder_image_type_embedding': (('memory_type_embedding',), _TOKEN),
+  'decoder_text_type_embedding': (('decoder', 'type_embedding'), _TOKEN),
 }
 
 # Reference name -> (of an image rather than a text, the model's field that holds its width).
 _POSITIONS = {
-    'pos_embed': (True, 'width'),
-    'decoder_pos_embed': (True, 'decoder_width'),
-    'text_decoder_pos_embed': (False, 'decoder_width'),
+  'pos_embed': (True, 'width'),
+  'decoder_pos_embed': (True, 'decoder_width'),
+  'text_decoder_pos_embed': (False, 'decoder_width'),
 }
 
 
@@ -169,8 +169,9 @@ def _check_positions(name: str, array: np.ndarray, is_image: bool, width: int):
   """Refuses stored positions that the model would not compute itself."""
   if array.ndim != 3 or array.shape[0] != 1 or array.shape[2] != width:
     raise UserError(
-        f'reference weights: {name!r} has shape {array.shape}; '
-        f'this captioner needs (1, tokens, {width})')
+      f'reference weights: {name!r} has shape {array.shape}; '
+      f'this captioner needs (1, tokens, {width})'
+    )
   tokens = array.shape[1]
   if tokens == 0:
     raise UserError(f'reference weights: {name!r} has no tokens')
@@ -178,12 +179,14 @@ def _check_positions(name: str, array: np.ndarray, is_image: bool, width: int):
     side = math.isqrt(tokens - 1)
     if tokens != 1 + side**2:
       raise UserError(
-          f'reference weights: {name!r} has {tokens} tokens; a square image has 1 + side^2')
+        f'reference weights: {name!r} has {tokens} tokens; a square image has 1 + side^2'
+      )
     computed = image_positions(side, side, width)
   else:
     computed = text_positions(tokens, width)
   error = np.max(np.abs(array[0] - computed))
   if not error <= POSITION_TOLERANCE:
     raise UserError(
-        f'reference weights: {name!r} differs from the sin-cos embedding by {error:.2g}; '
-        f'at most {POSITION_TOLERANCE} is rounding')
+      f'reference weights: {name!r} differs from the sin-cos embedding by {error:.2g}; '
+      f'at most {POSITION_TOLERANCE} is rounding'
+    )

@@ -78,15 +78,15 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(self, image_HxWx3: jax.Array) -> jax.Array:
-    positions_TxD = image_positions(
-        *patch_grid(image_HxWx3.shape, self.patch_size), self.width)
+    positions_TxD = image_positions(*patch_grid(image_HxWx3.shape, self.patch_size), self.width)
     class_token_D = frozen(self, 'class_token', self.width)
     type_embedding_D = frozen(self, 'type_embedding', self.width)
 
     patches_PxK = patchify(image_HxWx3, self.patch_size)
     x_PxD = Dense(self.width, dtype=self.dtype, name='patch_projection')(patches_PxK)
     class_1xD = jnp.broadcast_to(
-        class_token_D.astype(x_PxD.dtype), (*x_PxD.shape[:-2], 1, self.width))
+      class_token_D.astype(x_PxD.dtype), (*x_PxD.shape[:-2], 1, self.width)
+    )
     x_TxD = jnp.concatenate([class_1xD, x_PxD], axis=-2)
     x_TxD += jnp.asarray(positions_TxD, x_TxD.dtype) + type_embedding_D.astype(x_TxD.dtype)
 

@@ -30,31 +30,25 @@ step compiles once.
 """
 
 from dpcap.privacy.accounting import ACCOUNTANTS
-from dpcap.privacy.clipping import CLIPPING_STRATEGIES
-from dpcap.privacy.clipping import ClippedSum
-from dpcap.privacy.clipping import clipped_sum
-from dpcap.privacy.clipping import plain_sum
-from dpcap.privacy.keys import Keys
-from dpcap.privacy.keys import KeyStore
+from dpcap.privacy.clipping import CLIPPING_STRATEGIES, ClippedSum, clipped_sum, plain_sum
+from dpcap.privacy.keys import Keys, KeyStore
 from dpcap.privacy.mechanisms import MECHANISMS
-from dpcap.privacy.plan import PrivacyPlan
-from dpcap.privacy.plan import calibrate
+from dpcap.privacy.plan import PrivacyPlan, calibrate
 from dpcap.privacy.sampling import SAMPLERS
-from dpcap.privacy.statement import make_statement
-from dpcap.privacy.statement import statement_text
+from dpcap.privacy.statement import make_statement, statement_text
 
 __all__ = [
-    'ACCOUNTANTS',
-    'CLIPPING_STRATEGIES',
-    'ClippedSum',
-    'Keys',
-    'KeyStore',
-    'MECHANISMS',
-    'PrivacyPlan',
-    'SAMPLERS',
-    'calibrate',
-    'clipped_sum',
-    'make_statement',
-    'plain_sum',
-    'statement_text',
+  'ACCOUNTANTS',
+  'CLIPPING_STRATEGIES',
+  'ClippedSum',
+  'Keys',
+  'KeyStore',
+  'MECHANISMS',
+  'PrivacyPlan',
+  'SAMPLERS',
+  'calibrate',
+  'clipped_sum',
+  'make_statement',
+  'plain_sum',
+  'statement_text',
 ]

@@ -1,14 +1,13 @@
 """Epsilon from a run's events, by dp-accounting's accountants."""
 
-from collections.abc import Callable
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 
-from absl import logging
 import dp_accounting
-from dp_accounting import pld
-from dp_accounting import rdp
+from absl import logging
+from dp_accounting import pld, rdp
 
 # One image-text pair replaced by nothing: N and q stay fixed and public.
 ADJACENCY = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
@@ -67,10 +66,10 @@ def epsilon(event: dp_accounting.DpEvent, delta: float, accountant: str) -> floa
 
 
 def calibrate_noise_multiplier(
-    make_event: Callable[[float], dp_accounting.DpEvent],
-    target_epsilon: float,
-    delta: float,
-    accountant: str,
+  make_event: Callable[[float], dp_accounting.DpEvent],
+  target_epsilon: float,
+  delta: float,
+  accountant: str,
 ) -> float:
   """The smallest noise multiplier whose event spends at most `target_epsilon`.
 
@@ -95,9 +94,9 @@ def calibrate_noise_multiplier(
     high *= 2
     if high > _LARGEST_NOISE_MULTIPLIER:
       raise ValueError(
-          f'epsilon is {target_epsilon}: by the accountant {accountant!r} no noise_multiplier'
-          f' up to {_LARGEST_NOISE_MULTIPLIER:g} meets it at delta {delta:g}; raise epsilon or'
-          ' delta, or take fewer steps or a smaller expected_batch_size'
+        f'epsilon is {target_epsilon}: by the accountant {accountant!r} no noise_multiplier'
+        f' up to {_LARGEST_NOISE_MULTIPLIER:g} meets it at delta {delta:g}; raise epsilon or'
+        ' delta, or take fewer steps or a smaller expected_batch_size'
       )
   low = high / 2
   while epsilon(make_event(low), delta, guide) <= target_epsilon:
@@ -117,12 +116,12 @@ def calibrate_noise_multiplier(
 def _solve(make_event, target_epsilon, delta, accountant, low, high):
   with _quiet():
     return dp_accounting.calibrate_dp_mechanism(
-        lambda: ACCOUNTANTS[accountant](neighboring_relation=ADJACENCY),
-        make_event,
-        target_epsilon,
-        delta,
-        bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
-        tol=_TOLERANCE * high,
+      lambda: ACCOUNTANTS[accountant](neighboring_relation=ADJACENCY),
+      make_event,
+      target_epsilon,
+      delta,
+      bracket_interval=dp_accounting.ExplicitBracketInterval(low, high),
+      tol=_TOLERANCE * high,
     )
 
 

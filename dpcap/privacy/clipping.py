@@ -21,8 +21,8 @@ added in float32, whose rounding is relative to the sum, not to C. Edge cases:
 | masked out (padding, undecodable record) | exactly zero                   |
 """
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -55,13 +55,13 @@ class ClippedSum(NamedTuple):
 
 
 def clipped_sum(
-    loss_fn: LossFn,
-    params: PyTree,
-    batch: PyTree,
-    mask: jax.Array | None = None,
-    *,
-    clip_norm: float,
-    strategy: str = 'vmap',
+  loss_fn: LossFn,
+  params: PyTree,
+  batch: PyTree,
+  mask: jax.Array | None = None,
+  *,
+  clip_norm: float,
+  strategy: str = 'vmap',
 ) -> ClippedSum:
   """Sum over a batch of per-example gradients, each clipped to L2 norm `clip_norm`.
 
@@ -81,12 +81,10 @@ def clipped_sum(
   """
   if not SMALLEST_CLIP_NORM <= clip_norm < float('inf'):
     raise ValueError(
-        f'clip_norm is {clip_norm}; it must be finite and at least {SMALLEST_CLIP_NORM}'
+      f'clip_norm is {clip_norm}; it must be finite and at least {SMALLEST_CLIP_NORM}'
     )
   if strategy not in CLIPPING_STRATEGIES:
-    raise ValueError(
-        f'clipping is {strategy!r}; allowed: {", ".join(CLIPPING_STRATEGIES)}'
-    )
+    raise ValueError(f'clipping is {strategy!r}; allowed: {", ".join(CLIPPING_STRATEGIES)}')
   if mask is None:
     mask = jnp.ones(jax.tree.leaves(batch)[0].shape[0], bool)
   return CLIPPING_STRATEGIES[strategy](loss_fn, params, batch, mask, clip_norm)
@@ -111,9 +109,7 @@ def _vmap(loss_fn, params, batch, mask, clip_norm) -> ClippedSum:
   """The definition of right: every example's whole gradient, by jax.vmap of jax.grad."""
   losses, grads = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))(params, batch)
   grads = jax.tree.map(_at_least_float32, grads)
-  squares = [
-      jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)
-  ]
+  squares = [jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]
   norms = jnp.sqrt(functools.reduce(jnp.add, squares))
   factors = _clip_factors(norms, mask, clip_norm)
 
@@ -123,9 +119,9 @@ def _vmap(loss_fn, params, batch, mask, clip_norm) -> ClippedSum:
     return jnp.sum(g * _per_example(factors, g), axis=0)
 
   return ClippedSum(
-      sum=jax.tree.map(weighted_sum, grads),
-      norms=jnp.where(mask, norms, 0.0),
-      losses=jnp.where(mask, losses, 0.0),
+    sum=jax.tree.map(weighted_sum, grads),
+    norms=jnp.where(mask, norms, 0.0),
+    losses=jnp.where(mask, losses, 0.0),
   )
 
 
@@ -133,10 +129,10 @@ CLIPPING_STRATEGIES = {'vmap': _vmap}
 
 
 def plain_sum(
-    loss_fn: LossFn,
-    params: PyTree,
-    batch: PyTree,
-    mask: jax.Array | None = None,
+  loss_fn: LossFn,
+  params: PyTree,
+  batch: PyTree,
+  mask: jax.Array | None = None,
 ) -> ClippedSum:
   """Sum over a batch of gradients, NOT clipped: unbounded sensitivity, no guarantee.
 
@@ -161,7 +157,7 @@ def plain_sum(
   grads = jax.tree.map(_at_least_float32, grads)
   finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
   return ClippedSum(
-      sum=jax.tree.map(lambda g: jnp.where(finite, g, 0.0), grads),
-      norms=jnp.full(mask.shape, jnp.nan),
-      losses=losses,
+    sum=jax.tree.map(lambda g: jnp.where(finite, g, 0.0), grads),
+    norms=jnp.full(mask.shape, jnp.nan),
+    losses=losses,
   )

@@ -40,8 +40,8 @@ class Keys(NamedTuple):
   def from_entropy(cls) -> 'Keys':
     """Fresh keys from the operating system's entropy."""
     return cls(
-        noise=(secrets.randbits(32), secrets.randbits(32)),
-        sampling=(secrets.randbits(64), secrets.randbits(64)),
+      noise=(secrets.randbits(32), secrets.randbits(32)),
+      sampling=(secrets.randbits(64), secrets.randbits(64)),
     )
 
   @classmethod
@@ -55,9 +55,7 @@ class Keys(NamedTuple):
 
   def noise_key(self) -> jax.Array:
     """The noise key as a typed JAX key; `jax.random.key(integer)` would drop bits."""
-    return jax.random.wrap_key_data(
-        jnp.asarray(self.noise, jnp.uint32), impl='threefry2x32'
-    )
+    return jax.random.wrap_key_data(jnp.asarray(self.noise, jnp.uint32), impl='threefry2x32')
 
 
 class KeyStore:
@@ -69,7 +67,12 @@ class KeyStore:
   """
 
   def __init__(
-      self, directory: str | os.PathLike, *, resume_step: int, environment: str, seed: int | None = None
+    self,
+    directory: str | os.PathLike,
+    *,
+    resume_step: int,
+    environment: str,
+    seed: int | None = None,
   ):
     """Opens the store, or creates it for a new run.
 
@@ -88,16 +91,16 @@ class KeyStore:
       self._load()
       if (seed is not None) != self._seeded:
         raise ValueError(
-            f'{self._path}: its keys came from {"a seed" if self._seeded else "entropy"} and seed is'
-            f' {seed}; a run keeps to one of the two, start in a new workdir'
+          f'{self._path}: its keys came from {"a seed" if self._seeded else "entropy"} and seed is'
+          f' {seed}; a run keeps to one of the two, start in a new workdir'
         )
       if self._environment != environment or resume_step < self._era_start:
         self.lost_releases += max(0, self._started - resume_step)
         self._start_era(resume_step, environment, seed)
     elif resume_step > 0:
       raise ValueError(
-          f'{self._path}: not found, but the run has a checkpoint at step {resume_step}; without'
-          ' its keys it cannot go on (bring the directory back, or start in a new workdir)'
+        f'{self._path}: not found, but the run has a checkpoint at step {resume_step}; without'
+        ' its keys it cannot go on (bring the directory back, or start in a new workdir)'
       )
     else:
       self.lost_releases = 0
@@ -128,13 +131,13 @@ class KeyStore:
 
   def _save(self, started):
     state = {
-        'noise': self.keys.noise,
-        'sampling': self.keys.sampling,
-        'environment': self._environment,
-        'seeded': self._seeded,
-        'era_start': self._era_start,
-        'started': started,
-        'lost_releases': self.lost_releases,
+      'noise': self.keys.noise,
+      'sampling': self.keys.sampling,
+      'environment': self._environment,
+      'seeded': self._seeded,
+      'era_start': self._era_start,
+      'started': started,
+      'lost_releases': self.lost_releases,
     }
     temporary = self._path.with_suffix('.tmp')
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -27,7 +27,7 @@ class Mechanism(Protocol):
     """The state before `step`, for sums shaped as `like`."""
 
   def add_noise(
-      self, key: jax.Array, step: jax.Array, clipped: PyTree, state: PyTree
+    self, key: jax.Array, step: jax.Array, clipped: PyTree, state: PyTree
   ) -> tuple[PyTree, PyTree]:
     """The noisy sum of step `step`, and the state before the next step."""
 

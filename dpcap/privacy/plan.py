@@ -5,17 +5,13 @@ import math
 
 import dp_accounting
 
-from dpcap.privacy import accounting
-from dpcap.privacy import mechanisms
-from dpcap.privacy import sampling
+from dpcap.privacy import accounting, mechanisms, sampling
 
 
 def _poisson_gaussian(q: float, noise_multiplier: float, releases: int):
   return dp_accounting.SelfComposedDpEvent(
-      dp_accounting.PoissonSampledDpEvent(
-          q, dp_accounting.GaussianDpEvent(noise_multiplier)
-      ),
-      releases,
+    dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(noise_multiplier)),
+    releases,
   )
 
 
@@ -27,9 +23,9 @@ def _no_guarantee(q: float, noise_multiplier: float, releases: int):
 # What a run of `releases` steps is to an accountant. A pair that is not here does not
 # belong together and is refused.
 _EVENTS = {
-    ('poisson', 'gaussian'): _poisson_gaussian,
-    ('poisson', 'none'): _no_guarantee,
-    ('shuffle', 'none'): _no_guarantee,
+  ('poisson', 'gaussian'): _poisson_gaussian,
+  ('poisson', 'none'): _no_guarantee,
+  ('shuffle', 'none'): _no_guarantee,
 }
 
 
@@ -67,23 +63,23 @@ class PrivacyPlan:
     _check_pair(self.sampler, self.mechanism)
     if self.accountant not in accounting.ACCOUNTANTS:
       raise ValueError(
-          f'accountant is {self.accountant!r}; allowed: {", ".join(accounting.ACCOUNTANTS)}'
+        f'accountant is {self.accountant!r}; allowed: {", ".join(accounting.ACCOUNTANTS)}'
       )
     if self.private:
       if not 0 < self.noise_multiplier < math.inf:
         raise ValueError(
-            f'noise_multiplier is {self.noise_multiplier}; it must be positive and finite'
+          f'noise_multiplier is {self.noise_multiplier}; it must be positive and finite'
         )
       if not 0 < self.clip_norm < math.inf:
         raise ValueError(f'clip_norm is {self.clip_norm}; it must be positive and finite')
     elif self.noise_multiplier != 0:
       raise ValueError(
-          f"noise_multiplier is {self.noise_multiplier}; with mechanism 'none' it must be 0"
+        f"noise_multiplier is {self.noise_multiplier}; with mechanism 'none' it must be 0"
       )
     if not accounting.covers(self.event(self.steps), self.accountant):
       raise ValueError(
-          f'accountant is {self.accountant!r}, which does not cover sampler {self.sampler!r}'
-          f' with mechanism {self.mechanism!r}'
+        f'accountant is {self.accountant!r}, which does not cover sampler {self.sampler!r}'
+        f' with mechanism {self.mechanism!r}'
       )
 
   @property
@@ -106,9 +102,7 @@ class PrivacyPlan:
     releases = self.steps if releases is None else releases
     if releases == 0:
       return 0.0
-    return accounting.epsilon(
-        self.event(releases), self.delta, accountant or self.accountant
-    )
+    return accounting.epsilon(self.event(releases), self.delta, accountant or self.accountant)
 
   def make_sampler(self, key: tuple[int, int]):
     """The sampler of this plan under a secret sampling key."""
@@ -120,16 +114,16 @@ class PrivacyPlan:
 
 
 def calibrate(
-    *,
-    epsilon: float,
-    dataset_size: int,
-    expected_batch_size: int,
-    steps: int,
-    delta: float,
-    clip_norm: float,
-    mechanism: str = 'gaussian',
-    sampler: str = 'poisson',
-    accountant: str = 'pld',
+  *,
+  epsilon: float,
+  dataset_size: int,
+  expected_batch_size: int,
+  steps: int,
+  delta: float,
+  clip_norm: float,
+  mechanism: str = 'gaussian',
+  sampler: str = 'poisson',
+  accountant: str = 'pld',
 ) -> PrivacyPlan:
   """A plan with the least noise that keeps the whole run within `epsilon`.
 
@@ -147,24 +141,24 @@ def calibrate(
   elif mechanism == 'none':
     raise ValueError(f"mechanism is 'none' and epsilon is {epsilon}; it goes with epsilon = inf")
   rest = dict(
-      dataset_size=dataset_size,
-      expected_batch_size=expected_batch_size,
-      steps=steps,
-      delta=delta,
-      clip_norm=clip_norm,
-      mechanism=mechanism,
-      sampler=sampler,
-      accountant=accountant,
+    dataset_size=dataset_size,
+    expected_batch_size=expected_batch_size,
+    steps=steps,
+    delta=delta,
+    clip_norm=clip_norm,
+    mechanism=mechanism,
+    sampler=sampler,
+    accountant=accountant,
   )
   _check_pair(sampler, mechanism)
   if mechanism == 'none':
     return PrivacyPlan(noise_multiplier=0.0, **rest)
   trial = PrivacyPlan(noise_multiplier=1.0, **rest)
   noise_multiplier = accounting.calibrate_noise_multiplier(
-      lambda sigma: dataclasses.replace(trial, noise_multiplier=sigma).event(steps),
-      epsilon,
-      delta,
-      accountant,
+    lambda sigma: dataclasses.replace(trial, noise_multiplier=sigma).event(steps),
+    epsilon,
+    delta,
+    accountant,
   )
   return dataclasses.replace(trial, noise_multiplier=noise_multiplier)
 
@@ -174,8 +168,8 @@ def _check_sizes(dataset_size, expected_batch_size, steps, delta):
     raise ValueError(f'dataset_size is {dataset_size}; it must be at least 1')
   if not 1 <= expected_batch_size <= dataset_size:
     raise ValueError(
-        f'expected_batch_size is {expected_batch_size}; it must be from 1 to the'
-        f" data set's size, {dataset_size}"
+      f'expected_batch_size is {expected_batch_size}; it must be from 1 to the'
+      f" data set's size, {dataset_size}"
     )
   if not steps >= 1:
     raise ValueError(f'steps is {steps}; it must be at least 1')
@@ -185,14 +179,14 @@ def _check_sizes(dataset_size, expected_batch_size, steps, delta):
 
 def _check_pair(sampler, mechanism):
   for name, value, allowed in (
-      ('sampler', sampler, sampling.SAMPLERS),
-      ('mechanism', mechanism, mechanisms.MECHANISMS),
+    ('sampler', sampler, sampling.SAMPLERS),
+    ('mechanism', mechanism, mechanisms.MECHANISMS),
   ):
     if value not in allowed:
       raise ValueError(f'{name} is {value!r}; allowed: {", ".join(allowed)}')
   if (sampler, mechanism) not in _EVENTS:
     pairs = ', '.join(f'{s} with {m}' for s, m in _EVENTS)
     raise ValueError(
-        f'sampler is {sampler!r} and mechanism is {mechanism!r}, which no accountant covers;'
-        f' allowed: {pairs}'
+      f'sampler is {sampler!r} and mechanism is {mechanism!r}, which no accountant covers;'
+      f' allowed: {pairs}'
     )

@@ -4,8 +4,8 @@ Draws are counter-based (Philox; Salmon et al. 2011): a draw is a function of th
 128-bit sampling key and the step, so any step can be drawn without the ones before.
 """
 
-from collections.abc import Iterable
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -24,9 +24,7 @@ def _generator(key: tuple[int, int], domain: int, a: int, b: int) -> np.random.G
   return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=counter))
 
 
-def augmentation_generator(
-    key: tuple[int, int], step: int, index: int
-) -> np.random.Generator:
+def augmentation_generator(key: tuple[int, int], step: int, index: int) -> np.random.Generator:
   """Randomness for augmenting example `index` in `step`: its own stream, replayable."""
   return _generator(key, _AUGMENT, index, step)
 

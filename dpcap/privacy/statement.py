@@ -1,35 +1,34 @@
 """The privacy statement that goes with every checkpoint, for people and for programs."""
 
-from dpcap.privacy import accounting
-from dpcap.privacy import clipping
+from dpcap.privacy import accounting, clipping
 from dpcap.privacy.plan import PrivacyPlan
 
 _UNIT = 'one image-text pair'
 _ADJACENCY = 'zero-out: one pair replaced by nothing, N and q fixed and public'
 
 _MECHANISMS = {
-    'gaussian': 'independent Gaussian noise on the sum of clipped gradients, once per step',
-    'none': 'none: gradients are released as they are',
+  'gaussian': 'independent Gaussian noise on the sum of clipped gradients, once per step',
+  'none': 'none: gradients are released as they are',
 }
 _SAMPLERS = {
-    'poisson': 'Poisson: every example in every step independently with probability q',
-    'shuffle': 'shuffled epochs, batches of fixed size',
+  'poisson': 'Poisson: every example in every step independently with probability q',
+  'shuffle': 'shuffled epochs, batches of fixed size',
 }
 _ENTROPY = (
-    'noise key (64 bits, threefry) and sampling key (128 bits, Philox) drawn from the operating'
-    " system's entropy, kept secret beside the run, in no checkpoint, log or config"
+  'noise key (64 bits, threefry) and sampling key (128 bits, Philox) drawn from the operating'
+  " system's entropy, kept secret beside the run, in no checkpoint, log or config"
 )
 _SEED = 'keys derived from a fixed seed in the config: anybody can compute the noise'
 
 
 def make_statement(
-    plan: PrivacyPlan,
-    *,
-    steps: int,
-    releases: int,
-    clipping_strategy: str,
-    fixed_seed: bool,
-    tokenizer: str,
+  plan: PrivacyPlan,
+  *,
+  steps: int,
+  releases: int,
+  clipping_strategy: str,
+  fixed_seed: bool,
+  tokenizer: str,
 ) -> dict:
   """What a model after `steps` steps reveals, as a JSON-ready dict.
 
@@ -48,34 +47,34 @@ def make_statement(
   if releases < steps:
     raise ValueError(f'releases is {releases}; it must be at least the steps, {steps}')
   statement = {
-      'private': plan.private and not fixed_seed,
-      'unit': _UNIT,
-      'adjacency': _ADJACENCY,
-      'mechanism': _MECHANISMS[plan.mechanism],
-      'sampler': _SAMPLERS[plan.sampler],
-      'dataset_size': plan.dataset_size,
-      'expected_batch_size': plan.expected_batch_size,
-      'sampling_probability': plan.sampling_probability,
-      'noise_multiplier': plan.noise_multiplier,
-      'clip_norm': plan.clip_norm if plan.private else None,
-      'clipping': clipping_strategy,
-      'sensitivity_rounding_margin': clipping.ROUNDING_MARGIN,
-      'steps': steps,
-      'releases': releases,
-      'delta': plan.delta,
-      'accountant': plan.accountant,
-      'epsilon': {
-          name: accounting.finite_or_none(plan.epsilon(releases, name))
-          for name in accounting.ACCOUNTANTS
-      },
-      'key_policy': _SEED if fixed_seed else _ENTROPY,
-      'not_covered': [
-          'diagnostics: files named *.private.* in the workdir, and what the screen showed',
-          'hyper-parameters, if they were tuned on the private data',
-          f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
-          'the float32 resolution of sums and noise: rounding, and no noise past 5.4 deviations',
-          'other runs on the same data: guarantees of several runs add up',
-      ],
+    'private': plan.private and not fixed_seed,
+    'unit': _UNIT,
+    'adjacency': _ADJACENCY,
+    'mechanism': _MECHANISMS[plan.mechanism],
+    'sampler': _SAMPLERS[plan.sampler],
+    'dataset_size': plan.dataset_size,
+    'expected_batch_size': plan.expected_batch_size,
+    'sampling_probability': plan.sampling_probability,
+    'noise_multiplier': plan.noise_multiplier,
+    'clip_norm': plan.clip_norm if plan.private else None,
+    'clipping': clipping_strategy,
+    'sensitivity_rounding_margin': clipping.ROUNDING_MARGIN,
+    'steps': steps,
+    'releases': releases,
+    'delta': plan.delta,
+    'accountant': plan.accountant,
+    'epsilon': {
+      name: accounting.finite_or_none(plan.epsilon(releases, name))
+      for name in accounting.ACCOUNTANTS
+    },
+    'key_policy': _SEED if fixed_seed else _ENTROPY,
+    'not_covered': [
+      'diagnostics: files named *.private.* in the workdir, and what the screen showed',
+      'hyper-parameters, if they were tuned on the private data',
+      f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
+      'the float32 resolution of sums and noise: rounding, and no noise past 5.4 deviations',
+      'other runs on the same data: guarantees of several runs add up',
+    ],
   }
   statement['text'] = statement_text(statement)
   return statement
@@ -88,14 +87,14 @@ def statement_text(statement: dict) -> str:
     reason = s['key_policy'] if s['noise_multiplier'] else 'no noise was added'
     return f'This model has NO privacy guarantee: {reason}.'
   bounds = ', '.join(
-      f'{value:.3f} by {name.upper()}' for name, value in s['epsilon'].items() if value is not None
+    f'{value:.3f} by {name.upper()}' for name, value in s['epsilon'].items() if value is not None
   )
   return (
-      f'This model is (epsilon, delta)-differentially private with epsilon = {bounds},'
-      f' delta = {s["delta"]:.3g}. Unit: {s["unit"]}; adjacency: {s["adjacency"]}.'
-      f' Mechanism: {s["mechanism"]}, of standard deviation {s["noise_multiplier"]:.4f} x C,'
-      f' C = {s["clip_norm"]:g}. Sampler: {s["sampler"]}, q = {s["expected_batch_size"]:,} /'
-      f' {s["dataset_size"]:,} = {s["sampling_probability"]:.3g}. {s["releases"]:,} noisy'
-      f' gradients were released ({s["steps"]:,} steps). Keys: {s["key_policy"]}.'
-      f' Not covered: {"; ".join(s["not_covered"])}.'
+    f'This model is (epsilon, delta)-differentially private with epsilon = {bounds},'
+    f' delta = {s["delta"]:.3g}. Unit: {s["unit"]}; adjacency: {s["adjacency"]}.'
+    f' Mechanism: {s["mechanism"]}, of standard deviation {s["noise_multiplier"]:.4f} x C,'
+    f' C = {s["clip_norm"]:g}. Sampler: {s["sampler"]}, q = {s["expected_batch_size"]:,} /'
+    f' {s["dataset_size"]:,} = {s["sampling_probability"]:.3g}. {s["releases"]:,} noisy'
+    f' gradients were released ({s["steps"]:,} steps). Keys: {s["key_policy"]}.'
+    f' Not covered: {"; ".join(s["not_covered"])}.'
   )

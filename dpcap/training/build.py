@@ -3,9 +3,7 @@
 import flax.linen as nn
 import ml_collections
 
-from dpcap import data
-from dpcap import models
-from dpcap import privacy
+from dpcap import data, models, privacy
 from dpcap.errors import UserError
 
 
@@ -16,9 +14,7 @@ def make_tokenizer(config: ml_collections.ConfigDict) -> data.Tokenizer:
 
 def make_model(config: ml_collections.ConfigDict, vocab_size: int) -> nn.Module:
   """The model of `config.model`, not initialised."""
-  return models.make_model(
-      image_size=config.data.image_size, vocab_size=vocab_size, **config.model
-  )
+  return models.make_model(image_size=config.data.image_size, vocab_size=vocab_size, **config.model)
 
 
 def make_source(config: ml_collections.ConfigDict, source: ml_collections.ConfigDict):
@@ -40,8 +36,8 @@ def make_training_source(config: ml_collections.ConfigDict) -> data.Source:
   declared = config.data.dataset_size
   if declared is not None and declared != len(source):
     raise UserError(
-        f'data.dataset_size is {declared}, but the source {config.data.source.name!r} has'
-        f' {len(source)} records; set it to that number, or to None'
+      f'data.dataset_size is {declared}, but the source {config.data.source.name!r} has'
+      f' {len(source)} records; set it to that number, or to None'
     )
   return source
 
@@ -54,14 +50,14 @@ def make_plan(config: ml_collections.ConfigDict, dataset_size: int) -> privacy.P
   """
   p = config.privacy
   common = dict(
-      dataset_size=dataset_size,
-      expected_batch_size=p.expected_batch_size,
-      steps=config.train.steps,
-      delta=1 / dataset_size if p.delta is None else p.delta,
-      clip_norm=p.clip_norm,
-      mechanism=p.mechanism,
-      sampler=p.sampler,
-      accountant=p.accountant,
+    dataset_size=dataset_size,
+    expected_batch_size=p.expected_batch_size,
+    steps=config.train.steps,
+    delta=1 / dataset_size if p.delta is None else p.delta,
+    clip_norm=p.clip_norm,
+    mechanism=p.mechanism,
+    sampler=p.sampler,
+    accountant=p.accountant,
   )
   try:
     if p.epsilon is not None:

@@ -26,7 +26,7 @@ class Checkpoints:
     """Opens, and creates where needed, `directory`; keeps the latest `keep` checkpoints."""
     self._directory = pathlib.Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, cleanup_tmp_directories=True
+      max_to_keep=keep, create=True, cleanup_tmp_directories=True
     )
     try:
       self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -48,9 +48,9 @@ class Checkpoints:
       UserError: if this or the previous write fails, for example on a full disk.
     """
     items = ocp.args.Composite(
-        model=ocp.args.StandardSave({'params': state.params, 'frozen': state.frozen}),
-        training=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
-        privacy=ocp.args.JsonSave(statement),
+      model=ocp.args.StandardSave({'params': state.params, 'frozen': state.frozen}),
+      training=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+      privacy=ocp.args.JsonSave(statement),
     )
     self._guarded(lambda: self._manager.save(int(state.step), args=items, force=True))
 
@@ -66,15 +66,15 @@ class Checkpoints:
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     items = ocp.args.Composite(
-        model=ocp.args.StandardRestore({'params': target.params, 'frozen': target.frozen}),
-        training=ocp.args.StandardRestore({'step': target.step, 'opt_state': target.opt_state}),
+      model=ocp.args.StandardRestore({'params': target.params, 'frozen': target.frozen}),
+      training=ocp.args.StandardRestore({'step': target.step, 'opt_state': target.opt_state}),
     )
     restored = self._restore(step, items)
     return TrainState(
-        step=restored.training['step'],
-        params=restored.model['params'],
-        frozen=restored.model['frozen'],
-        opt_state=restored.training['opt_state'],
+      step=restored.training['step'],
+      params=restored.model['params'],
+      frozen=restored.model['frozen'],
+      opt_state=restored.training['opt_state'],
     )
 
   def restore_model(self, step: int, like: TrainState) -> dict:
@@ -84,7 +84,7 @@ class Checkpoints:
       UserError: if the checkpoint holds another model.
     """
     target = jax.tree.map(
-        ocp.utils.to_shape_dtype_struct, {'params': like.params, 'frozen': like.frozen}
+      ocp.utils.to_shape_dtype_struct, {'params': like.params, 'frozen': like.frozen}
     )
     return self._restore(step, ocp.args.Composite(model=ocp.args.StandardRestore(target))).model
 
@@ -98,8 +98,8 @@ class Checkpoints:
       return self._manager.restore(step, args=items)
     except (ValueError, KeyError, OSError) as e:
       raise UserError(
-          f'{self.path(step)}: cannot be restored as the model of this config'
-          f' ({str(e).splitlines()[0][:300]})'
+        f'{self.path(step)}: cannot be restored as the model of this config'
+        f' ({str(e).splitlines()[0][:300]})'
       ) from e
 
   def _guarded(self, write):
@@ -108,5 +108,5 @@ class Checkpoints:
     # Orbax and TensorStore report a full disk as one or the other.
     except (OSError, ValueError, RuntimeError) as e:
       raise UserError(
-          f'{self._directory}: a checkpoint cannot be written ({str(e).splitlines()[0][:300]})'
+        f'{self._directory}: a checkpoint cannot be written ({str(e).splitlines()[0][:300]})'
       ) from e

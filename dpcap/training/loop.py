@@ -8,26 +8,20 @@ import signal
 import sys
 from typing import Any
 
-from absl import logging
 import jax
 import ml_collections
+from absl import logging
 
 from dpcap import config as config_lib
-from dpcap import data
-from dpcap import privacy
+from dpcap import data, privacy
 from dpcap.errors import UserError
 from dpcap.privacy.sampling import augmentation_generator
-from dpcap.training import build
-from dpcap.training import metrics
+from dpcap.training import build, metrics
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.environment import describe_environment
-from dpcap.training.optimizer import make_optimizer
-from dpcap.training.optimizer import make_schedule
+from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.progress import Progress
-from dpcap.training.step import init_state
-from dpcap.training.step import make_step
-from dpcap.training.step import TrainState
-from dpcap.training.step import zero_accumulator
+from dpcap.training.step import TrainState, init_state, make_step, zero_accumulator
 
 # Exit status of a run that was asked to stop: what shells report for SIGTERM.
 STOPPED = 143
@@ -83,11 +77,11 @@ class _Run:
     self._schedule = make_schedule(config.optimizer, config.train.steps)
     self._step = make_step(model, optimizer, self._plan, config.privacy.clipping)
     self.state = init_state(
-        model,
-        optimizer,
-        config.data.image_size,
-        config.data.text_length,
-        config.train.model_seed,
+      model,
+      optimizer,
+      config.data.image_size,
+      config.data.text_length,
+      config.train.model_seed,
     )
     self._zero = jax.jit(zero_accumulator)
     self.done = self._checkpoints.latest_step() or 0
@@ -97,56 +91,54 @@ class _Run:
 
     try:
       self._store = privacy.KeyStore(
-          secrets_directory(workdir),
-          resume_step=self.done,
-          environment=describe_environment(config),
-          seed=config.privacy.seed,
+        secrets_directory(workdir),
+        resume_step=self.done,
+        environment=describe_environment(config),
+        seed=config.privacy.seed,
       )
     except ValueError as e:
       raise UserError(str(e)) from e
     keys = self._store.keys
     self._noise_key = keys.noise_key()
     self._noise_state = self._plan.make_mechanism().init(
-        self._noise_key, self.done, self.state.params
+      self._noise_key, self.done, self.state.params
     )
     self._batches = data.LogicalBatches(
-        source=source,
-        transform=data.Transform(
-            config.data.image_size,
-            config.data.text_length,
-            self._tokenizer,
-            config.data.crop_scale,
-            config.data.flip,
-        ),
-        draw=self._plan.make_sampler(keys.sampling).draw,
-        augmentation_rng=functools.partial(augmentation_generator, keys.sampling),
-        steps=config.train.steps,
-        expected_batch_size=self._plan.expected_batch_size,
-        physical_batch=config.mesh.physical_batch,
-        batches_per_chunk=config.mesh.batches_per_chunk,
+      source=source,
+      transform=data.Transform(
+        config.data.image_size,
+        config.data.text_length,
+        self._tokenizer,
+        config.data.crop_scale,
+        config.data.flip,
+      ),
+      draw=self._plan.make_sampler(keys.sampling).draw,
+      augmentation_rng=functools.partial(augmentation_generator, keys.sampling),
+      steps=config.train.steps,
+      expected_batch_size=self._plan.expected_batch_size,
+      physical_batch=config.mesh.physical_batch,
+      batches_per_chunk=config.mesh.batches_per_chunk,
     )
 
   def __enter__(self):
     config, start = self._config, self.done
-    self._elements = data.iterate(
-        self._batches, start * self._batches.slots, config.data.workers
-    )
+    self._elements = data.iterate(self._batches, start * self._batches.slots, config.data.workers)
     self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, start)
     self._diagnostics = None
     if config.train.diagnostics:
       self._diagnostics = metrics.MetricWriter(
-          self._workdir, metrics.DIAGNOSTICS, start, suffix='.private'
+        self._workdir, metrics.DIAGNOSTICS, start, suffix='.private'
       )
     self._progress = Progress(
-        config.train.steps, start, self._plan.expected_batch_size, self._plan.private
+      config.train.steps, start, self._plan.expected_batch_size, self._plan.private
     ).__enter__()
     self._warned = set()
     if start:
       self.say(f'resuming after step {start}')
       if self._store.lost_releases:
         self.say(
-            f'{self._store.lost_releases} noisy gradients were computed in another environment'
-            ' and can not be replayed: fresh keys, and they count as released'
+          f'{self._store.lost_releases} noisy gradients were computed in another environment'
+          ' and can not be replayed: fresh keys, and they count as released'
         )
     return self
 
@@ -156,7 +148,8 @@ class _Run:
     if self._diagnostics:
       self._diagnostics.close()
     self._elements.close()
-    if failure[0] is None:
+    # A failure keeps its own message, and what is being written is still finished.
+    with contextlib.suppress(*([UserError] if failure[0] else [])):
       self._checkpoints.close()
 
   def say(self, line: str) -> None:
@@ -184,7 +177,7 @@ class _Run:
     # From here on the step counts as released, whatever happens.
     self._store.begin(self.done)
     self.state, self._noise_state, diagnostics = self._step.update(
-        self.state, accumulator, self._noise_key, self._noise_state
+      self.state, accumulator, self._noise_key, self._noise_state
     )
     self.done += 1
     self._report({k: float(v) for k, v in diagnostics.items()} | {'bad_records': bad})
@@ -204,32 +197,32 @@ class _Run:
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state."""
     return privacy.make_statement(
-        self._plan,
-        steps=self.done,
-        releases=self._store.releases(self.done),
-        clipping_strategy=self._config.privacy.clipping if self._plan.private else 'none',
-        fixed_seed=self._config.privacy.seed is not None,
-        tokenizer=f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip(),
+      self._plan,
+      steps=self.done,
+      releases=self._store.releases(self.done),
+      clipping_strategy=self._config.privacy.clipping if self._plan.private else 'none',
+      fixed_seed=self._config.privacy.seed is not None,
+      tokenizer=f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip(),
     )
 
   def _report(self, diagnostics: dict[str, float]) -> None:
     unusable, examples = diagnostics['unusable_gradients'], diagnostics['examples']
     if unusable:
       self._warn_once(
-          'unusable',
-          f'step {self.done}: {unusable:.0f} of {examples:.0f} examples had a gradient that is'
-          ' not finite (loss NaN?); they contribute zero, the run goes on',
+        'unusable',
+        f'step {self.done}: {unusable:.0f} of {examples:.0f} examples had a gradient that is'
+        ' not finite (loss NaN?); they contribute zero, the run goes on',
       )
     epsilon = None
     if self.done % self._config.train.log_every == 0 or self.done == self._config.train.steps:
       epsilon = self._plan.epsilon(self._store.releases(self.done))
       self._metrics.write(
-          self.done,
-          {
-              'epsilon': privacy.accounting.finite_or_none(epsilon),
-              'learning_rate': float(self._schedule(self.done - 1)),
-              'images_per_second': self._progress.images_per_second,
-          },
+        self.done,
+        {
+          'epsilon': privacy.accounting.finite_or_none(epsilon),
+          'learning_rate': float(self._schedule(self.done - 1)),
+          'images_per_second': self._progress.images_per_second,
+        },
       )
       if self._diagnostics:
         self._diagnostics.write(self.done, diagnostics)
@@ -238,9 +231,9 @@ class _Run:
   def _note_bad(self, chunk) -> int:
     if chunk.bad:
       self._warn_once(
-          'bad',
-          f'step {self.done + 1}: {chunk.bad} drawn records cannot be used and contribute zero'
-          f' ({"; ".join(chunk.reasons)}); further ones are only counted',
+        'bad',
+        f'step {self.done + 1}: {chunk.bad} drawn records cannot be used and contribute zero'
+        f' ({"; ".join(chunk.reasons)}); further ones are only counted',
       )
     return chunk.bad
 
@@ -253,17 +246,17 @@ class _Run:
     plan = self._plan
     if plan.private:
       guarantee = (
-          f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
-          f' noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}'
+        f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
+        f' noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}'
       )
     else:
       guarantee = 'epsilon infinity: NO privacy'
     logging.info('%s', guarantee)
     print(
-        f'N {plan.dataset_size:,}  batch {plan.expected_batch_size:,}  q'
-        f' {plan.sampling_probability:.3g}  steps {plan.steps:,}'
-        f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}',
-        file=sys.stderr,
+      f'N {plan.dataset_size:,}  batch {plan.expected_batch_size:,}  q'
+      f' {plan.sampling_probability:.3g}  steps {plan.steps:,}'
+      f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}',
+      file=sys.stderr,
     )
 
 
@@ -283,13 +276,13 @@ def _claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
     for key in sorted(new_fixed.keys() | old_fixed.keys()):
       if old_fixed.get(key) != new_fixed.get(key):
         raise UserError(
-            f'{workdir}: holds a run with {key} = {old_fixed.get(key)!r}, this config has'
-            f' {new_fixed.get(key)!r}; resume with the same config, or take another workdir'
+          f'{workdir}: holds a run with {key} = {old_fixed.get(key)!r}, this config has'
+          f' {new_fixed.get(key)!r}; resume with the same config, or take another workdir'
         )
   elif secrets_directory(workdir).exists():
     raise UserError(
-        f'{secrets_directory(workdir)}: holds the keys of a run whose workdir is gone; remove it'
-        ' to start a new run (what was released under those keys stays released)'
+      f'{secrets_directory(workdir)}: holds the keys of a run whose workdir is gone; remove it'
+      ' to start a new run (what was released under those keys stays released)'
     )
   workdir.mkdir(parents=True, exist_ok=True)
   _write_whole(path, new + '\n')

@@ -26,7 +26,7 @@ class MetricWriter:
       path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
     self._file = path.open('a')
     self._events = SummaryWriter(
-        str(workdir / 'tensorboard'), filename_suffix=suffix, purge_step=resume_step + 1
+      str(workdir / 'tensorboard'), filename_suffix=suffix, purge_step=resume_step + 1
     )
 
   def write(self, step: int, values: dict[str, float | str | None]) -> None:

@@ -14,21 +14,19 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
       the run is cut off with it, as in the recipe.
   """
   return optax.warmup_cosine_decay_schedule(
-      init_value=0.0,
-      peak_value=config.learning_rate,
-      warmup_steps=config.warmup_steps,
-      decay_steps=config.decay_steps or steps,
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=config.decay_steps or steps,
   )
 
 
-def make_optimizer(
-    config: ml_collections.ConfigDict, steps: int
-) -> optax.GradientTransformation:
+def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
   """AdamW; matrices decay, biases and scales do not, as in the MAE code base."""
   return optax.adamw(
-      make_schedule(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      weight_decay=config.weight_decay,
-      mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    make_schedule(config, steps),
+    b1=config.b1,
+    b2=config.b2,
+    weight_decay=config.weight_decay,
+    mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
   )

@@ -22,15 +22,15 @@ class Progress:
     self._last_line = 0.0
     self._console = Console(file=sys.stderr)
     self._bar = progress.Progress(
-        progress.TextColumn('training'),
-        progress.BarColumn(),
-        progress.TextColumn('step {task.fields[steps]}'),
-        progress.TextColumn('loss [bold]{task.fields[loss]}'),
-        progress.TextColumn('epsilon [bold]{task.fields[epsilon]}'),
-        progress.TextColumn('{task.fields[rate]} images/s'),
-        progress.TimeRemainingColumn(),
-        console=self._console,
-        disable=not self._console.is_terminal,
+      progress.TextColumn('training'),
+      progress.BarColumn(),
+      progress.TextColumn('step {task.fields[steps]}'),
+      progress.TextColumn('loss [bold]{task.fields[loss]}'),
+      progress.TextColumn('epsilon [bold]{task.fields[epsilon]}'),
+      progress.TextColumn('{task.fields[rate]} images/s'),
+      progress.TimeRemainingColumn(),
+      console=self._console,
+      disable=not self._console.is_terminal,
     )
     self._task = self._bar.add_task('', total=steps, completed=start, steps='', **self._fields)
 
@@ -66,8 +66,8 @@ class Progress:
       self._last_line = now
       left = (self._steps - done) * self._batch / max(self.images_per_second, 1e-9)
       self.say(
-          f'step {done}/{self._steps}  loss {self._fields["loss"]}  epsilon'
-          f' {self._fields["epsilon"]}  {self._fields["rate"]} images/s  {left:.0f} s left'
+        f'step {done}/{self._steps}  loss {self._fields["loss"]}  epsilon'
+        f' {self._fields["epsilon"]}  {self._fields["rate"]} images/s  {left:.0f} s left'
       )
 
   def say(self, line: str) -> None:
@@ -77,8 +77,8 @@ class Progress:
   def _show(self):
     self._fields['rate'] = f'{self.images_per_second:,.0f}'
     self._bar.update(
-        self._task,
-        completed=self._done,
-        steps=f'{int(self._done)}/{self._steps}',
-        **self._fields,
+      self._task,
+      completed=self._done,
+      steps=f'{int(self._done)}/{self._steps}',
+      **self._fields,
     )

@@ -1,13 +1,13 @@
 """One private step: accumulate clipped sums, add noise once, update.
 
-    accumulator = zero_accumulator(params)
-    for chunk in logical batch:                      # as many as the draw needs
-        accumulator = step.accumulate(state, accumulator, chunk)
-    state, noise_state, diagnostics = step.update(state, accumulator, noise_key, noise_state)
+accumulator = zero_accumulator(params)
+for chunk in logical batch:                      # as many as the draw needs
+    accumulator = step.accumulate(state, accumulator, chunk)
+state, noise_state, diagnostics = step.update(state, accumulator, noise_key, noise_state)
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpcap import data
-from dpcap import privacy
+from dpcap import data, privacy
 
 PyTree = Any
 
@@ -74,11 +73,11 @@ def example_loss(model: nn.Module, frozen: PyTree) -> privacy.clipping.LossFn:
 
 
 def init_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    image_size: int,
-    text_length: int,
-    seed: int,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  image_size: int,
+  text_length: int,
+  seed: int,
 ) -> TrainState:
   """Initial parameters, from a public seed and no data."""
   image = jnp.zeros((image_size, image_size, 3), jnp.float32)
@@ -112,10 +111,10 @@ class Step:
 
 
 def make_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    plan: privacy.PrivacyPlan,
-    clipping: str,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  plan: privacy.PrivacyPlan,
+  clipping: str,
 ) -> Step:
   """The step of a run.
 
@@ -132,7 +131,7 @@ def make_step(
     if not plan.private:
       return privacy.plain_sum(loss_fn, params, examples, mask)
     return privacy.clipped_sum(
-        loss_fn, params, examples, mask, clip_norm=plan.clip_norm, strategy=clipping
+      loss_fn, params, examples, mask, clip_norm=plan.clip_norm, strategy=clipping
     )
 
   def accumulate(state: TrainState, accumulator: Accumulator, examples, mask, live):
@@ -142,48 +141,46 @@ def make_step(
       finite_norm = jnp.where(jnp.isfinite(out.norms), out.norms, 0.0)
       unusable = ~jnp.isfinite(out.norms if plan.private else out.losses)
       return Accumulator(
-          sum=jax.tree.map(jnp.add, acc.sum, out.sum),
-          examples=acc.examples + jnp.sum(used),
-          unusable=acc.unusable + jnp.sum(unusable & used),
-          clipped=acc.clipped + jnp.sum((finite_norm > plan.clip_norm) & used),
-          loss=acc.loss + jnp.sum(jnp.where(jnp.isfinite(out.losses), out.losses, 0.0)),
-          norm=acc.norm + jnp.sum(finite_norm),
+        sum=jax.tree.map(jnp.add, acc.sum, out.sum),
+        examples=acc.examples + jnp.sum(used),
+        unusable=acc.unusable + jnp.sum(unusable & used),
+        clipped=acc.clipped + jnp.sum((finite_norm > plan.clip_norm) & used),
+        loss=acc.loss + jnp.sum(jnp.where(jnp.isfinite(out.losses), out.losses, 0.0)),
+        norm=acc.norm + jnp.sum(finite_norm),
       )
 
     # The trip count is data, not shape: padding costs nothing and nothing recompiles.
     return jax.lax.fori_loop(0, live, add, accumulator)
 
   def update(state: TrainState, accumulator: Accumulator, noise_key, noise_state):
-    noisy, noise_state = mechanism.add_noise(
-        noise_key, state.step, accumulator.sum, noise_state
-    )
+    noisy, noise_state = mechanism.add_noise(noise_key, state.step, accumulator.sum, noise_state)
     # The expected batch size is public, the sampled one is not.
     grads = jax.tree.map(lambda g: g / plan.expected_batch_size, noisy)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_state = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        frozen=state.frozen,
-        opt_state=opt_state,
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      frozen=state.frozen,
+      opt_state=opt_state,
     )
     return new_state, noise_state, _diagnostics(accumulator, plan.private)
 
   return Step(
-      accumulate=jax.jit(accumulate, donate_argnums=1),
-      update=jax.jit(update, donate_argnums=0),
+    accumulate=jax.jit(accumulate, donate_argnums=1),
+    update=jax.jit(update, donate_argnums=0),
   )
 
 
 def _diagnostics(accumulator: Accumulator, private: bool) -> dict[str, jax.Array]:
   usable = jnp.maximum(accumulator.examples - accumulator.unusable, 1)
   diagnostics = {
-      'loss': accumulator.loss / usable,
-      'examples': accumulator.examples,
-      'unusable_gradients': accumulator.unusable,
+    'loss': accumulator.loss / usable,
+    'examples': accumulator.examples,
+    'unusable_gradients': accumulator.unusable,
   }
   if private:
     diagnostics |= {
-        'gradient_norm': accumulator.norm / usable,
-        'clip_fraction': accumulator.clipped / usable,
+      'gradient_norm': accumulator.norm / usable,
+      'clip_fraction': accumulator.clipped / usable,
     }
   return diagnostics

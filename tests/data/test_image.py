@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from dpcap.data.image import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    _draw_box,
-    decode,
-    normalize,
-    random_flip,
-    random_resized_crop,
-    resize_center_crop,
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  _draw_box,
+  decode,
+  normalize,
+  random_flip,
+  random_resized_crop,
+  resize_center_crop,
 )
 from dpcap.data.source import BadRecord
 
@@ -40,7 +40,9 @@ def png_header(width: int, height: int) -> bytes:
 
   header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
   pixels = zlib.compress(bytes(1000))
-  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', pixels) + chunk(b'IEND', b'')
+  return (
+    b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', pixels) + chunk(b'IEND', b'')
+  )
 
 
 # --- decode: what must be refused -----------------------------------------------------
@@ -82,7 +84,9 @@ def test_unusable_images_are_bad_records(data):
 @pytest.mark.parametrize('side', [9_000, 12_000, 60_000])
 def test_decompression_bombs_are_refused_by_their_header(side, monkeypatch):
   monkeypatch.setattr(Image.Image, 'load', lambda self: pytest.fail('pixels were decoded'))
-  monkeypatch.setattr('PIL.ImageFile.ImageFile.load', lambda self: pytest.fail('pixels were decoded'))
+  monkeypatch.setattr(
+    'PIL.ImageFile.ImageFile.load', lambda self: pytest.fail('pixels were decoded')
+  )
   with pytest.raises(BadRecord):
     decode(png_header(side, side))
 
@@ -105,7 +109,9 @@ def test_formats_and_a_single_pixel(format):
 
 def test_cmyk_jpeg():
   pure_red = Image.new('CMYK', (16, 16), (0, 255, 255, 0))
-  np.testing.assert_allclose(colour(decode(encode(pure_red, 'JPEG', quality=95))), (255, 0, 0), atol=4)
+  np.testing.assert_allclose(
+    colour(decode(encode(pure_red, 'JPEG', quality=95))), (255, 0, 0), atol=4
+  )
 
 
 def test_16_bit_grey_is_scaled_not_clipped():
@@ -191,7 +197,8 @@ def test_random_resized_crop_is_torchvisions(seed):
 
 
 @pytest.mark.parametrize(
-    'size, box', [((1000, 10), (493, 0, 13, 10)), ((10, 1000), (0, 493, 10, 13)), ((1, 1), (0, 0, 1, 1))]
+  'size, box',
+  [((1000, 10), (493, 0, 13, 10)), ((10, 1000), (0, 493, 10, 13)), ((1, 1), (0, 0, 1, 1))],
 )
 def test_extreme_shapes_fall_back_to_the_centre(size, box):
   assert _draw_box(*size, np.random.default_rng(0), (0.9, 1.0), (3 / 4, 4 / 3)) == box
@@ -207,7 +214,10 @@ def test_statistics_of_the_crop():
   for _ in range(3000):
     # Up to 0.6 of the area every ratio fits, so no draw is rejected and the ranges are exact.
     crop = random_resized_crop(image, 32, rng, scale=(0.2, 0.6)).astype(float)
-    width, height = (crop[16, 28, 0] - crop[16, 4, 0]) / 24 * 32, (crop[28, 16, 1] - crop[4, 16, 1]) / 24 * 32
+    width, height = (
+      (crop[16, 28, 0] - crop[16, 4, 0]) / 24 * 32,
+      (crop[28, 16, 1] - crop[4, 16, 1]) / 24 * 32,
+    )
     areas.append(width * height / side**2)
     log_ratios.append(math.log(width / height))
   assert 0.19 < min(areas) < 0.21 and 0.59 < max(areas) < 0.61
@@ -220,7 +230,9 @@ def test_statistics_of_the_crop():
 def test_shrinking_is_antialiased():
   stripes = np.zeros((512, 512, 3), np.uint8)
   stripes[:, ::2] = 255
-  crop = random_resized_crop(Image.fromarray(stripes), 32, np.random.default_rng(0), scale=(1, 1), ratio=(1, 1))
+  crop = random_resized_crop(
+    Image.fromarray(stripes), 32, np.random.default_rng(0), scale=(1, 1), ratio=(1, 1)
+  )
   np.testing.assert_allclose(crop[:, 2:-2], 127.5, atol=4)
 
 
@@ -233,12 +245,18 @@ def test_random_flip():
   np.testing.assert_array_equal(result, array[:, ::-1])
 
 
-@pytest.mark.parametrize('size', [(300, 200), (200, 300), (256, 256), (50, 70), (1000, 333), (1, 1)])
+@pytest.mark.parametrize(
+  'size', [(300, 200), (200, 300), (256, 256), (50, 70), (1000, 333), (1, 1)]
+)
 def test_resize_center_crop_is_the_mae_protocol(size):
   image = photo(*size)
   width, height = size
   short = int(56 * 256 / 224)
-  new = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+  new = (
+    (short, int(short * height / width))
+    if width <= height
+    else (int(short * width / height), short)
+  )
   left, top = (int(round((side - 56) / 2)) for side in new)
   expected = image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + 56, top + 56))
   result = resize_center_crop(image, 56)

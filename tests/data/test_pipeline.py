@@ -1,6 +1,5 @@
 """Every drawn index arrives exactly once, in order, whatever the workers and the cutting."""
 
-import functools
 import os
 import pathlib
 import subprocess
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 
 from dpcap.data import pipeline
-from dpcap.data.source import BadRecord
-from dpcap.data.source import Record
+from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
 
 _N = 500
@@ -48,14 +46,14 @@ def _no_rng(step, index):
 
 def _batches(draw=_draw, source=None, steps=4, physical=8, per_chunk=2, **transform):
   return pipeline.LogicalBatches(
-      source=source or Numbered(),
-      transform=pipeline.Transform(4, 8, BytesTokenizer(), **transform),
-      draw=draw,
-      augmentation_rng=_no_rng,
-      steps=steps,
-      expected_batch_size=60,
-      physical_batch=physical,
-      batches_per_chunk=per_chunk,
+    source=source or Numbered(),
+    transform=pipeline.Transform(4, 8, BytesTokenizer(), **transform),
+    draw=draw,
+    augmentation_rng=_no_rng,
+    steps=steps,
+    expected_batch_size=60,
+    physical_batch=physical,
+    batches_per_chunk=per_chunk,
   )
 
 
@@ -93,7 +91,7 @@ def test_no_draw_is_too_small_or_too_large(size):
   assert sum(c.drawn for c in chunks) == size
   expected = np.delete(np.arange(size), 13) if size > 13 else np.arange(size)
   np.testing.assert_array_equal(
-      np.concatenate([_indices(c) for c in chunks] or [np.empty(0, int)]), expected
+    np.concatenate([_indices(c) for c in chunks] or [np.empty(0, int)]), expected
   )
 
 
@@ -160,8 +158,10 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
   """A run that is killed outright leaves no process behind."""
   path = tmp_path / 'pid'
   parent = subprocess.Popen(
-      [sys.executable, '-c', _PARENT, str(path)],
-      stdout=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parents[2],
+    [sys.executable, '-c', _PARENT, str(path)],
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
   )
   assert parent.stdout.readline() == 'ready\n'
   worker = int(path.read_text())

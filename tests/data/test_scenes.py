@@ -43,9 +43,7 @@ def test_relations_hold_in_the_picture():
     scene = _source().scene(index)
     for a, b, relation in zip(scene.things, scene.things[1:], scene.relations):
       seen.add(relation)
-      holds = {
-          'left of': a.x < b.x, 'right of': a.x > b.x, 'above': a.y < b.y, 'below': a.y > b.y
-      }
+      holds = {'left of': a.x < b.x, 'right of': a.x > b.x, 'above': a.y < b.y, 'below': a.y > b.y}
       assert holds[relation], (index, relation)
   assert len(seen) == 4
 

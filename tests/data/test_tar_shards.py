@@ -26,9 +26,9 @@ def jpeg(i: int) -> bytes:
 
 def sample(i: int, label='even') -> dict[str, bytes]:
   return {
-      f'{i:05}.jpg': jpeg(i),
-      f'{i:05}.txt': f'caption {i}'.encode(),
-      f'{i:05}.json': json.dumps({'caption': f'json caption {i}', 'label': label}).encode(),
+    f'{i:05}.jpg': jpeg(i),
+    f'{i:05}.txt': f'caption {i}'.encode(),
+    f'{i:05}.json': json.dumps({'caption': f'json caption {i}', 'label': label}).encode(),
   }
 
 
@@ -62,7 +62,9 @@ def folder(tmp_path, monkeypatch):
 def warnings(monkeypatch):
   """The warnings logged, one string each."""
   lines = []
-  monkeypatch.setattr(logging, 'warning', lambda message, *arguments: lines.append(message % arguments))
+  monkeypatch.setattr(
+    logging, 'warning', lambda message, *arguments: lines.append(message % arguments)
+  )
   return lines
 
 
@@ -95,12 +97,17 @@ def test_paths(folder):
   assert captions(TarShards(f'{folder}/{{00002..00010}}.tar')) == expected[2:11]
   assert captions(TarShards(f'{folder}/0000{{3..3}}.tar')) == expected[3:4]
   assert captions(TarShards(str(folder / '00003.tar'))) == expected[3:4]
-  assert captions(TarShards([folder / '00007.tar', f'{folder}/0001*.tar'])) == [expected[7], *expected[10:]]
+  assert captions(TarShards([folder / '00007.tar', f'{folder}/0001*.tar'])) == [
+    expected[7],
+    *expected[10:],
+  ]
 
 
 def test_captions_from_json(folder):
   write_shard(folder / 'a.tar', range(3))
-  assert captions(TarShards(folder, caption_key='json:caption')) == [f'json caption {i}' for i in range(3)]
+  assert captions(TarShards(folder, caption_key='json:caption')) == [
+    f'json caption {i}' for i in range(3)
+  ]
   assert captions(TarShards(folder, caption_key='json:title')) == [None] * 3
   with pytest.raises(UserError, match="'yaml:caption'"):
     TarShards(folder, caption_key='yaml:caption')
@@ -112,23 +119,29 @@ def test_captions_from_json(folder):
 def test_long_names_folders_and_strange_members(folder, format):
   deep = 'a very long folder name/' * 12
   members = {
-      f'{deep}犬.first.jpg': b'wrong',
-      f'{deep}犬.JPG': jpeg(1),
-      f'{deep}犬.txt': b'one',
-      'README': b'no extension',
-      'x/._0.jpg': b'a file of another system',
-      'x/0.webp': b'two',
-      'x/0.txt': b'2',
-      'y/0.txt': b'3',
-      'y/0.png': b'three',
+    f'{deep}犬.first.jpg': b'wrong',
+    f'{deep}犬.JPG': jpeg(1),
+    f'{deep}犬.txt': b'one',
+    'README': b'no extension',
+    'x/._0.jpg': b'a file of another system',
+    'x/0.webp': b'two',
+    'x/0.txt': b'2',
+    'y/0.txt': b'3',
+    'y/0.png': b'three',
   }
   (folder / 'a.tar').write_bytes(tar_bytes(members, format))
   source = TarShards(folder)
-  assert [(r['image'], r['caption']) for r in source] == [(jpeg(1), b'one'), (b'two', b'2'), (b'three', b'3')]
+  assert [(r['image'], r['caption']) for r in source] == [
+    (jpeg(1), b'one'),
+    (b'two', b'2'),
+    (b'three', b'3'),
+  ]
 
 
 def test_samples_without_image_or_caption_count(folder):
-  members = sample(0) | {'1.jpg': jpeg(1)} | {'2.txt': b'two'} | {'3.jpg': b'', '3.txt': b''} | sample(4)
+  members = (
+    sample(0) | {'1.jpg': jpeg(1)} | {'2.txt': b'two'} | {'3.jpg': b'', '3.txt': b''} | sample(4)
+  )
   (folder / 'a.tar').write_bytes(tar_bytes(members))
   source = TarShards(folder)
   assert len(source) == 5
@@ -143,7 +156,13 @@ def test_samples_without_image_or_caption_count(folder):
 
 
 def test_only_the_byte_ranges_are_read(folder, monkeypatch):
-  members = {'0.jpg': jpeg(0), '0.bin': bytes(2**20), '0.txt': b'far', '1.jpg': jpeg(1), '1.txt': b'near'}
+  members = {
+    '0.jpg': jpeg(0),
+    '0.bin': bytes(2**20),
+    '0.txt': b'far',
+    '1.jpg': jpeg(1),
+    '1.txt': b'near',
+  }
   (folder / 'a.tar').write_bytes(tar_bytes(members))
   source, reads = TarShards(folder), []
   local = type(fsspec.filesystem('file'))
@@ -221,7 +240,10 @@ def test_damaged_json_is_a_bad_record_only_where_it_is_needed(folder, damaged):
   members = sample(0) | sample(1) | {'00001.json': damaged}
   (folder / 'a.tar').write_bytes(tar_bytes(members))
   assert len(captions(TarShards(folder))) == 2
-  for source in (TarShards(folder, label_key='label'), TarShards(folder, caption_key='json:caption')):
+  for source in (
+    TarShards(folder, label_key='label'),
+    TarShards(folder, caption_key='json:caption'),
+  ):
     assert len(source) == 2 and source[0]
     with pytest.raises(BadRecord, match='json'):
       source[1]
@@ -235,11 +257,11 @@ def test_a_truncated_shard_keeps_its_complete_samples(folder, warnings):
   with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
     offsets = {member.name: member.offset_data for member in tar}
   cuts = {
-      offsets['00002.txt'] + 100: 2,  # inside a member
-      offsets['00002.txt']: 2,  # between a header and its data
-      offsets['00002.jpg'] - 200: 2,  # inside a header: caption there, image gone
-      offsets['00001.txt'] + 3: 1,
-      offsets['00002.jpg'] + 1024: 3,  # nothing lost but the end marker
+    offsets['00002.txt'] + 100: 2,  # inside a member
+    offsets['00002.txt']: 2,  # between a header and its data
+    offsets['00002.jpg'] - 200: 2,  # inside a header: caption there, image gone
+    offsets['00001.txt'] + 3: 1,
+    offsets['00002.jpg'] + 1024: 3,  # nothing lost but the end marker
   }
   for number, (cut, kept) in enumerate(cuts.items()):
     (folder / f'{number}.tar').write_bytes(whole[:cut])
@@ -286,15 +308,15 @@ def test_a_shard_cut_after_indexing_gives_bad_records(folder):
 
 
 @pytest.mark.parametrize(
-    'path, reason',
-    [
-        ('{}/nowhere', 'does not exist'),
-        ('{}', 'no shard found'),
-        ('{}/*.tar', 'no shard found'),
-        ('{}/{{0..2}}.tar', '3 of 3 shards missing, first'),
-        ('{}/{{2..0}}.tar', 'range {2..0} is empty'),
-        ([], 'empty list'),
-    ],
+  'path, reason',
+  [
+    ('{}/nowhere', 'does not exist'),
+    ('{}', 'no shard found'),
+    ('{}/*.tar', 'no shard found'),
+    ('{}/{{0..2}}.tar', '3 of 3 shards missing, first'),
+    ('{}/{{2..0}}.tar', 'range {2..0} is empty'),
+    ([], 'empty list'),
+  ],
 )
 def test_paths_without_shards_are_refused(folder, path, reason):
   path = path.format(folder) if isinstance(path, str) else path
@@ -330,7 +352,9 @@ def test_a_stale_or_foreign_index_is_made_again(folder):
   write_shard(folder / 'a.tar', range(10, 15))  # the same size, another time
   os.utime(folder / 'a.tar', ns=(0, time.time_ns() + 10**9))
   assert captions(TarShards(folder)) == [f'caption {i}'.encode() for i in range(10, 15)]
-  swapped = TarShards(folder, image_keys=('txt',), caption_key='json')  # the same shard, other members
+  swapped = TarShards(
+    folder, image_keys=('txt',), caption_key='json'
+  )  # the same shard, other members
   assert [record['image'] for record in swapped] == captions(TarShards(folder))
   for content in (b'', b'no npz', (folder / 'a.tar.index.npz').read_bytes()[:200]):
     (folder / 'a.tar.index.npz').write_bytes(content)
@@ -358,5 +382,7 @@ def test_index_dir(folder, tmp_path):
   assert len(source) == 7 and source[6]['caption'] == b'caption 3'
   assert len(list((tmp_path / 'index').iterdir())) == 2 and not list(folder.rglob('*.npz'))
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='a.tar: cannot be written to .*expected a writable index_dir'):
+  with pytest.raises(
+    UserError, match='a.tar: cannot be written to .*expected a writable index_dir'
+  ):
     TarShards(folder, index_dir=tmp_path / 'file')

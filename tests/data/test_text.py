@@ -12,7 +12,15 @@ WORDS = ['a', 'dog', 'cat', 'play', '##ing', '##s', 'cafe', '[', ']', 'sep', ','
 @pytest.fixture
 def vocab_file(tmp_path):
   # The official layout: [PAD] 0, unused up to 99, then the other special tokens.
-  lines = ['[PAD]', *(f'[unused{i}]' for i in range(99)), '[UNK]', '[CLS]', '[SEP]', '[MASK]', *WORDS]
+  lines = [
+    '[PAD]',
+    *(f'[unused{i}]' for i in range(99)),
+    '[UNK]',
+    '[CLS]',
+    '[SEP]',
+    '[MASK]',
+    *WORDS,
+  ]
   file = tmp_path / 'vocab.txt'
   file.write_text('\n'.join(lines) + '\n', encoding='utf-8')
   return str(file)
@@ -24,7 +32,12 @@ def word_ids(*words):
 
 def test_bytes():
   tokenizer = BytesTokenizer()
-  assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id) == (259, 0, 1, 2)
+  assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id) == (
+    259,
+    0,
+    1,
+    2,
+  )
   ids = tokenizer.encode('ab', 6)
   assert ids.dtype == np.int32
   np.testing.assert_array_equal(ids, [1, 3 + 97, 3 + 98, 2, 0, 0])
@@ -55,7 +68,9 @@ def test_wordpiece_is_bert_uncased(vocab_file):
 
 def test_a_caption_cannot_spell_special_tokens(vocab_file):
   tokenizer = WordPieceTokenizer(vocab_file)
-  np.testing.assert_array_equal(tokenizer.encode('[SEP] dog', 8), [101, *word_ids('[', 'sep', ']', 'dog'), 102, 0, 0])
+  np.testing.assert_array_equal(
+    tokenizer.encode('[SEP] dog', 8), [101, *word_ids('[', 'sep', ']', 'dog'), 102, 0, 0]
+  )
 
 
 @pytest.mark.parametrize('length', [2, 3, 5, 8])
@@ -85,14 +100,14 @@ def test_pickle(vocab_file):
 
 
 @pytest.mark.parametrize(
-    'content, reason',
-    [
-        (None, 'cannot be read'),
-        (b'\xff\xfe\x00', 'cannot be read'),
-        (b'', r'lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]'),
-        (b'[PAD]\n[UNK]\n[CLS]\ndog\n', r'lacks \[SEP\]'),
-        (b'dog\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n', r'\[PAD\] has id 1'),
-    ],
+  'content, reason',
+  [
+    (None, 'cannot be read'),
+    (b'\xff\xfe\x00', 'cannot be read'),
+    (b'', r'lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]'),
+    (b'[PAD]\n[UNK]\n[CLS]\ndog\n', r'lacks \[SEP\]'),
+    (b'dog\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n', r'\[PAD\] has id 1'),
+  ],
 )
 def test_unfit_vocabularies_are_refused(tmp_path, content, reason):
   file = tmp_path / 'vocab.txt'
@@ -113,9 +128,9 @@ def test_make_tokenizer(vocab_file):
   assert isinstance(make_tokenizer('bytes'), BytesTokenizer)
   assert isinstance(make_tokenizer('wordpiece', vocab_file), WordPieceTokenizer)
   for arguments, reason in [
-      (('bpe',), "'bpe'; allowed: 'bytes', 'wordpiece'"),
-      (('wordpiece',), 'has no vocabulary'),
-      (('bytes', vocab_file), 'takes no vocabulary'),
+    (('bpe',), "'bpe'; allowed: 'bytes', 'wordpiece'"),
+    (('wordpiece',), 'has no vocabulary'),
+    (('bytes', vocab_file), 'takes no vocabulary'),
   ]:
     with pytest.raises(UserError, match=reason):
       make_tokenizer(*arguments)

@@ -15,11 +15,11 @@ from dpcap.data.tfds_source import TfdsSource
 from dpcap.errors import UserError
 
 FEATURES = {
-    'image': tfds.features.Image(shape=(None, None, 3)),
-    'label': tfds.features.ClassLabel(names=['ant', 'bee', 'cat']),
-    'title': tfds.features.Text(),
-    'captions': tfds.features.Sequence({'id': np.int64, 'text': tfds.features.Text()}),
-    'nested': {'view': tfds.features.Image(shape=(None, None, 3))},
+  'image': tfds.features.Image(shape=(None, None, 3)),
+  'label': tfds.features.ClassLabel(names=['ant', 'bee', 'cat']),
+  'title': tfds.features.Text(),
+  'captions': tfds.features.Sequence({'id': np.int64, 'text': tfds.features.Text()}),
+  'nested': {'view': tfds.features.Image(shape=(None, None, 3))},
 }
 
 
@@ -50,7 +50,7 @@ def prepare(data_dir, name='pairs', features=FEATURES, records=None, file_format
   splits = []
   for split, shards in {'train': [records[:3], records[3:5]], 'test': [records[5:]]}.items():
     template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, split=split, filetype_suffix=file_format
+      data_dir=folder, dataset_name=name, split=split, filetype_suffix=file_format
     )
     for path, shard in zip(template.sharded_filepaths(len(shards)), shards):
       writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
@@ -58,9 +58,15 @@ def prepare(data_dir, name='pairs', features=FEATURES, records=None, file_format
         writer.write(record)
       writer.close()
     lengths = [len(shard) for shard in shards]
-    splits.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=1, filename_template=template))
+    splits.append(
+      tfds.core.SplitInfo(
+        name=split, shard_lengths=lengths, num_bytes=1, filename_template=template
+      )
+    )
   version = tfds.core.Version('1.0.0')
-  identity = tfds.core.DatasetIdentity(name=name, version=version, data_dir=str(folder), module_name='')
+  identity = tfds.core.DatasetIdentity(
+    name=name, version=version, data_dir=str(folder), module_name=''
+  )
   info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
   info.set_file_format(file_format)
   info.set_splits(tfds.core.splits.SplitDict(splits))
@@ -94,14 +100,19 @@ def test_names_and_splits(data_dir):
 
 def test_of_several_captions_the_first(data_dir):
   source = TfdsSource('pairs', 'train', data_dir, caption_key='captions/text', label_key=None)
-  assert [record['caption'] for record in source] == [None, *(f'caption {i} 0'.encode() for i in range(1, 5))]
+  assert [record['caption'] for record in source] == [
+    None,
+    *(f'caption {i} 0'.encode() for i in range(1, 5)),
+  ]
   assert source.class_names == () and source[1]['label'] == -1
   with pytest.raises(BadRecord, match='no caption'):
     check_caption(source[0]['caption'])
 
 
 def test_nested_image_and_caption_template(data_dir):
-  source = TfdsSource('pairs', 'train', data_dir, image_key='nested/view', caption_template='a photo of a {}')
+  source = TfdsSource(
+    'pairs', 'train', data_dir, image_key='nested/view', caption_template='a photo of a {}'
+  )
   assert source[1] == {'image': jpeg(101), 'caption': 'a photo of a bee', 'label': 1}
   assert TfdsSource('pairs', 'train', data_dir)[1]['caption'] is None
 
@@ -151,34 +162,40 @@ def test_no_tensorflow_at_run_time(data_dir, tmp_path):
   (tmp_path / 'tensorflow').mkdir()
   (tmp_path / 'tensorflow' / '__init__.py').write_text('import os; os._exit(3)')
   program = (
-      f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
-      'from dpcap.data.tfds_source import TfdsSource\n'
-      f"source = TfdsSource('pairs', 'train', {data_dir!r}, caption_key='captions/text')\n"
-      "assert source[2]['caption'] == b'caption 2 0' and len(source[2]['image']) > 100\n"
+    f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
+    'from dpcap.data.tfds_source import TfdsSource\n'
+    f"source = TfdsSource('pairs', 'train', {data_dir!r}, caption_key='captions/text')\n"
+    "assert source[2]['caption'] == b'caption 2 0' and len(source[2]['image']) > 100\n"
   )
   subprocess.run([sys.executable, '-c', program], check=True)
 
 
 @pytest.mark.parametrize(
-    'options, reason',
-    [
-        ({'dataset': 'nowhere'}, "'nowhere': not found in .*array_record"),
-        ({'dataset': 'pairs:9.9.9'}, "'pairs:9.9.9': not found in"),
-        ({'dataset': 'pairs/config'}, 'not found in'),
-        ({'dataset': 'no such/name!'}, 'not found in|cannot be opened in'),
-        ({'split': 'validation'}, r"split 'validation' is unknown or empty; available: .*test \(3\)"),
-        ({'split': 'train[zz]'}, 'unknown or empty'),
-        ({'split': 'train[:0]'}, 'unknown or empty'),
-        ({'image_key': 'picture'}, "'picture', which is no feature of it; expected Image, one of: image, nested/view"),
-        ({'image_key': 'title'}, "image_key is 'title', which is of kind Text"),
-        ({'caption_key': 'captions'}, "caption_key is 'captions'.*expected Text, one of: captions/text, title"),
-        ({'caption_key': 'captions/id'}, "caption_key is 'captions/id'"),
-        ({'label_key': 'title'}, "label_key is 'title'.*ClassLabel, one of: label"),
-        ({'label_key': 'class'}, "label_key is 'class', which is no feature"),
-        ({'caption_template': 'a photo'}, "caption_template is 'a photo'"),
-        ({'caption_template': 'a {}', 'label_key': None}, 'caption_template'),
-        ({'caption_template': 'a {}', 'caption_key': 'title'}, 'caption_template'),
-    ],
+  'options, reason',
+  [
+    ({'dataset': 'nowhere'}, "'nowhere': not found in .*array_record"),
+    ({'dataset': 'pairs:9.9.9'}, "'pairs:9.9.9': not found in"),
+    ({'dataset': 'pairs/config'}, 'not found in'),
+    ({'dataset': 'no such/name!'}, 'not found in|cannot be opened in'),
+    ({'split': 'validation'}, r"split 'validation' is unknown or empty; available: .*test \(3\)"),
+    ({'split': 'train[zz]'}, 'unknown or empty'),
+    ({'split': 'train[:0]'}, 'unknown or empty'),
+    (
+      {'image_key': 'picture'},
+      "'picture', which is no feature of it; expected Image, one of: image, nested/view",
+    ),
+    ({'image_key': 'title'}, "image_key is 'title', which is of kind Text"),
+    (
+      {'caption_key': 'captions'},
+      "caption_key is 'captions'.*expected Text, one of: captions/text, title",
+    ),
+    ({'caption_key': 'captions/id'}, "caption_key is 'captions/id'"),
+    ({'label_key': 'title'}, "label_key is 'title'.*ClassLabel, one of: label"),
+    ({'label_key': 'class'}, "label_key is 'class', which is no feature"),
+    ({'caption_template': 'a photo'}, "caption_template is 'a photo'"),
+    ({'caption_template': 'a {}', 'label_key': None}, 'caption_template'),
+    ({'caption_template': 'a {}', 'caption_key': 'title'}, 'caption_template'),
+  ],
 )
 def test_wrong_options_are_refused_in_one_line(data_dir, options, reason):
   with pytest.raises(UserError, match=reason) as error:
@@ -188,7 +205,9 @@ def test_wrong_options_are_refused_in_one_line(data_dir, options, reason):
 
 def test_unfit_preparations_are_refused(tmp_path):
   prepare(tmp_path, name='records', file_format='tfrecord')
-  with pytest.raises(UserError, match="'records': prepared as tfrecord in .*; expected array_record"):
+  with pytest.raises(
+    UserError, match="'records': prepared as tfrecord in .*; expected array_record"
+  ):
     TfdsSource('records', 'train', str(tmp_path))
   folder = prepare(tmp_path)
   lost = folder / 'pairs-train.array_record-00001-of-00002'

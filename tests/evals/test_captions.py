@@ -4,9 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpcap import data
-from dpcap import evals
-from dpcap import models
+from dpcap import data, evals, models
 from dpcap.data.text import BytesTokenizer
 from dpcap.errors import UserError
 from dpcap.evals import captions
@@ -19,11 +17,15 @@ def _subject():
   rng = np.random.default_rng()
   image = rng.normal(size=(16, 16, 3)).astype(np.float32)
   variables = jax.jit(model.init)(
-      {'params': jax.random.key(0), 'frozen': jax.random.key(1)}, image, np.ones(6, np.int32)
+    {'params': jax.random.key(0), 'frozen': jax.random.key(1)}, image, np.ones(6, np.int32)
   )
   return evals.Subject(
-      model, variables, variables, data.Transform(16, 6, tokenizer),
-      lambda section: data.Scenes(image_size=16, **section), workers=0,
+    model,
+    variables,
+    variables,
+    data.Transform(16, 6, tokenizer),
+    lambda section: data.Scenes(image_size=16, **section),
+    workers=0,
   )
 
 
@@ -35,7 +37,7 @@ def test_greedy_equals_extending_the_text_one_token_at_a_time(subject):
     text = [1]
     while len(text) < 6:
       logits = subject.model.apply(
-          subject.variables, memory, np.array(text, np.int32), method='decode'
+        subject.variables, memory, np.array(text, np.int32), method='decode'
       )
       text.append(int(np.argmax(logits[-1])))
     assert tokens.tolist() == text

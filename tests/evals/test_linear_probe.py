@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dpcap.data import pipeline
-from dpcap.data.source import BadRecord
-from dpcap.data.source import Record
+from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
 from dpcap.errors import UserError
 from dpcap.evals import linear_probe
@@ -33,9 +32,11 @@ def test_separable_classes_are_told_apart_whatever_the_scale_of_the_features():
 def test_noise_gives_chance():
   rng = np.random.default_rng()
   probe, _ = linear_probe.fit(
-      rng.normal(size=(600, 20)).astype(np.float32), rng.integers(0, 4, 600), 4
+    rng.normal(size=(600, 20)).astype(np.float32), rng.integers(0, 4, 600), 4
   )
-  accuracy = np.mean(probe(rng.normal(size=(2000, 20)).astype(np.float32)) == rng.integers(0, 4, 2000))
+  accuracy = np.mean(
+    probe(rng.normal(size=(2000, 20)).astype(np.float32)) == rng.integers(0, 4, 2000)
+  )
   assert 0.17 < accuracy < 0.33
 
 
@@ -61,10 +62,15 @@ def test_constant_features_do_no_harm():
   assert np.mean(probe(x) == y) > 0.98
 
 
-@pytest.mark.parametrize('share,n,low,high', [
-    (0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0),
+@pytest.mark.parametrize(
+  'share,n,low,high',
+  [
+    (0.5, 100, 0.4038, 0.5962),
+    (0.0, 10, 0.0, 0.2775),
+    (1.0, 10, 0.7225, 1.0),
     (0.954, 5000, 0.9478, 0.9595),
-])
+  ],
+)
 def test_wilson_interval(share, n, low, high):
   """Against published values and the quadratic that defines the interval."""
   found = linear_probe.wilson_interval(share, n)
@@ -93,9 +99,12 @@ class _Colours:
 
 def _subject(sources):
   return Subject(
-      model=types.SimpleNamespace(apply=None), variables={}, untrained={},
-      transform=pipeline.Transform(4, 8, BytesTokenizer()),
-      make_source=lambda name: sources[name], workers=0,
+    model=types.SimpleNamespace(apply=None),
+    variables={},
+    untrained={},
+    transform=pipeline.Transform(4, 8, BytesTokenizer()),
+    make_source=lambda name: sources[name],
+    workers=0,
   )
 
 
@@ -111,8 +120,11 @@ def test_evaluate_counts_usable_images_and_gives_an_interval():
 
 def test_sources_without_labels_or_with_other_classes_are_refused():
   sources = {'a': _Colours(20), 'none': _Colours(20, ()), 'other': _Colours(20, ('dark', 'red'))}
-  for train, test, said in (('a', 'none', 'test source has no labels'), ('a', 'other', 'light, red')):
+  for train, test, said in (
+    ('a', 'none', 'test source has no labels'),
+    ('a', 'other', 'light, red'),
+  ):
     with pytest.raises(UserError, match=said):
       linear_probe.evaluate(
-          _subject(sources), train=train, test=test, features='pixels', batch_size=8
+        _subject(sources), train=train, test=test, features='pixels', batch_size=8
       )

@@ -9,28 +9,27 @@ import numpy as np
 import pytest
 
 from dpcap.errors import UserError
-from dpcap.models import Captioner
-from dpcap.models import SIZES
-from dpcap.models import make_model
-from dpcap.models.positions import image_positions
-from dpcap.models.positions import text_positions
+from dpcap.models import SIZES, Captioner, make_model
+from dpcap.models.positions import image_positions, text_positions
 
 SHAPE = dict(
-    vocab_size=23,
-    patch_size=4,
-    width=16,
-    depth=2,
-    heads=4,
-    decoder_width=12,
-    decoder_depth=2,
-    decoder_heads=3,
+  vocab_size=23,
+  patch_size=4,
+  width=16,
+  depth=2,
+  heads=4,
+  decoder_width=12,
+  decoder_depth=2,
+  decoder_heads=3,
 )
 MODEL = Captioner(**SHAPE)
-TOKENS = np.array([
+TOKENS = np.array(
+  [
     [1, 5, 6, 7, 2, 0, 0],
     [1, 9, 22, 4, 5, 8, 2],
     [1, 2, 0, 0, 0, 0, 0],
-])
+  ]
+)
 
 
 @pytest.fixture(scope='module')
@@ -62,11 +61,11 @@ def run_all(model, variables, image, tokens):
   """Encoder output, memory, features, logits and loss, in one compilation."""
   memory = model.apply(variables, image, method='memory')
   return (
-      model.apply(variables, image, method='encode'),
-      memory,
-      model.apply(variables, image, method='features'),
-      model.apply(variables, memory, tokens[..., :-1], method='decode'),
-      model.apply(variables, image, tokens),
+    model.apply(variables, image, method='encode'),
+    memory,
+    model.apply(variables, image, method='features'),
+    model.apply(variables, memory, tokens[..., :-1], method='decode'),
+    model.apply(variables, image, tokens),
   )
 
 
@@ -122,9 +121,9 @@ def slow_encoder(image, params, frozen):
     for c in range(columns):
       patch = image[r * size : (r + 1) * size, c * size : (c + 1) * size]
       tokens.append(
-          np.einsum('ijc,ijcd->d', patch, kernel)
-          + p['patch_projection']['bias']
-          + slow_image_position(r, c, SHAPE['width'])
+        np.einsum('ijc,ijcd->d', patch, kernel)
+        + p['patch_projection']['bias']
+        + slow_image_position(r, c, SHAPE['width'])
       )
   x = np.stack(tokens) + f['type_embedding']
   for i in range(SHAPE['depth']):
@@ -197,19 +196,19 @@ def test_positions_agree_with_the_slow_version():
 
 
 @pytest.mark.parametrize(
-    'size, total, trained',
-    [
-        ('nano', 20_906_106, 20_813_754),
-        ('tiny', 59_550_138, 59_365_434),
-        ('small', 115_962_618, 115_685_562),
-        ('base', 190_143_546, 189_774_138),
-        ('large', 407_807_802, 407_376_954),
-    ],
+  'size, total, trained',
+  [
+    ('nano', 20_906_106, 20_813_754),
+    ('tiny', 59_550_138, 59_365_434),
+    ('small', 115_962_618, 115_685_562),
+    ('base', 190_143_546, 189_774_138),
+    ('large', 407_807_802, 407_376_954),
+  ],
 )
 def test_parameter_counts_are_the_reference_implementations(size, total, trained):
   model = make_model('captioner', size=size, image_size=224, vocab_size=30_522)
   variables = jax.eval_shape(
-      model.init, jax.random.key(0), jnp.zeros((224, 224, 3)), jnp.zeros(40, int)
+    model.init, jax.random.key(0), jnp.zeros((224, 224, 3)), jnp.zeros(40, int)
   )
   count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   assert count(variables['params']) == trained
@@ -222,9 +221,7 @@ def test_parameter_counts_are_the_reference_implementations(size, total, trained
 def test_initial_values():
   size = SIZES['demo']._replace(depth=1, decoder_depth=1)
   model = Captioner(vocab_size=260, **size._asdict())
-  variables = jax.jit(model.init)(
-      jax.random.key(0), jnp.zeros((8, 8, 3)), jnp.zeros(2, jnp.int32)
-  )
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((8, 8, 3)), jnp.zeros(2, jnp.int32))
   for path, x in jax.tree_util.tree_leaves_with_path(variables['params']):
     assert x.dtype == jnp.float32
     kind = path[-1].key
@@ -272,7 +269,7 @@ def test_examples_do_not_mix(images, variables, method):
   one_by_one = [apply(variables, *example, method=method) for example in zip(*arguments)]
   # With two leading axes, of which the second has one entry.
   run = lambda *arguments: np.asarray(
-      apply(variables, *(x[:, None] for x in arguments), method=method)
+    apply(variables, *(x[:, None] for x in arguments), method=method)
   )[:, 0]
   np.testing.assert_allclose(run(*arguments), one_by_one, rtol=1e-5, atol=1e-6)
   broken = images.copy()
@@ -304,17 +301,17 @@ def test_bfloat16_keeps_parameters_loss_and_features_float32(images, variables):
 
 
 @pytest.mark.parametrize(
-    'change, message',
-    [
-        (dict(name='mea'), "model='mea' is unknown; choose one of captioner"),
-        (dict(size='huge'), "size='huge' is unknown; choose one of demo, nano"),
-        (dict(dtype='float16'), "dtype='float16' is unknown; choose one of float32, bfloat16"),
-        (dict(image_size=100), 'image_size=100 must be a positive multiple of the patch size, 16'),
-        (dict(patch_size=15), 'image_size=224 must be a positive multiple of the patch size, 15'),
-        (dict(image_size=0), 'image_size=0'),
-        (dict(patch_size=0), 'patch_size=0'),
-        (dict(vocab_size=0), 'vocab_size=0'),
-    ],
+  'change, message',
+  [
+    (dict(name='mea'), "model='mea' is unknown; choose one of captioner"),
+    (dict(size='huge'), "size='huge' is unknown; choose one of micro, demo, nano"),
+    (dict(dtype='float16'), "dtype='float16' is unknown; choose one of float32, bfloat16"),
+    (dict(image_size=100), 'image_size=100 must be a positive multiple of the patch size, 16'),
+    (dict(patch_size=15), 'image_size=224 must be a positive multiple of the patch size, 15'),
+    (dict(image_size=0), 'image_size=0'),
+    (dict(patch_size=0), 'patch_size=0'),
+    (dict(vocab_size=0), 'vocab_size=0'),
+  ],
 )
 def test_make_model_refuses(change, message):
   arguments = dict(name='captioner', size='nano', image_size=224, vocab_size=99) | change

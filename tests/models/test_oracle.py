@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from dpcap.privacy import CLIPPING_STRATEGIES
-from tools import check_oracle
-from tools import make_oracle
+from tools import check_oracle, make_oracle
 
 SHIPPED = pathlib.Path(__file__).with_name('captioner_oracle.npz')
 # Made by the reference implementation; it does not come with the repository.
 REFERENCE = pathlib.Path(
-    os.environ.get('DPCAP_ORACLE')
-    or SHIPPED.parents[2].parent / 'shared/oracle/captioner.npz'
+  os.environ.get('DPCAP_ORACLE') or SHIPPED.parents[2].parent / 'shared/oracle/captioner.npz'
 )
 TOLERANCE = 1e-4
 
@@ -60,17 +58,17 @@ def write(path, **changes):
 
 
 @pytest.mark.parametrize(
-    'changes, message',
-    [
-        ({'meta': None}, "key 'meta' is missing"),
-        ({'meta': np.array('{"width": 12}')}, "meta has no 'vocab_size'"),
-        ({'meta': np.array('no JSON')}, 'meta must be JSON'),
-        ({'meta': np.array('[1]')}, 'meta must be JSON'),
-        ({'param/norm.bias': None}, "'norm.bias' is missing"),
-        ({'in/images': np.zeros((4, 12, 12, 3))}, 'in/images has shape (4, 12, 12, 3)'),
-        ({'in/tokens': np.zeros((3, 7), int)}, 'in/tokens is int64 of shape (3, 7)'),
-        ({'out/clip_norm': np.array(0.0)}, 'out/clip_norm=0.0'),
-    ],
+  'changes, message',
+  [
+    ({'meta': None}, "key 'meta' is missing"),
+    ({'meta': np.array('{"width": 12}')}, "meta has no 'vocab_size'"),
+    ({'meta': np.array('no JSON')}, 'meta must be JSON'),
+    ({'meta': np.array('[1]')}, 'meta must be JSON'),
+    ({'param/norm.bias': None}, "'norm.bias' is missing"),
+    ({'in/images': np.zeros((4, 12, 12, 3))}, 'in/images has shape (4, 12, 12, 3)'),
+    ({'in/tokens': np.zeros((3, 7), int)}, 'in/tokens is int64 of shape (3, 7)'),
+    ({'out/clip_norm': np.array(0.0)}, 'out/clip_norm=0.0'),
+  ],
 )
 def test_a_bad_file_is_one_line_and_status_2(tmp_path, capsys, changes, message):
   write(tmp_path / 'bad.npz', **changes)

@@ -7,24 +7,21 @@ import numpy as np
 import pytest
 
 from dpcap.errors import UserError
-from dpcap.models.reference_weights import UNUSED
-from dpcap.models.reference_weights import from_reference
-from dpcap.models.reference_weights import to_reference
-from tools.check_oracle import oracle_model
-from tools.check_oracle import read_oracle
+from dpcap.models.reference_weights import UNUSED, from_reference, to_reference
+from tools.check_oracle import oracle_model, read_oracle
 
 ORACLE = read_oracle(str(pathlib.Path(__file__).with_name('captioner_oracle.npz')))
 ARRAYS = ORACLE.under('param/')
 MODEL = oracle_model(ORACLE)
 FROZEN = (
-    *UNUSED,
-    'cls_token',
-    'pos_embed',
-    'decoder_pos_embed',
-    'text_decoder_pos_embed',
-    'encoder_image_type_embedding',
-    'decoder_image_type_embedding',
-    'decoder_text_type_embedding',
+  *UNUSED,
+  'cls_token',
+  'pos_embed',
+  'decoder_pos_embed',
+  'text_decoder_pos_embed',
+  'encoder_image_type_embedding',
+  'decoder_image_type_embedding',
+  'decoder_text_type_embedding',
 )
 
 
@@ -34,9 +31,7 @@ def variables():
 
 
 def test_variables_are_what_init_returns(variables):
-  shapes = jax.eval_shape(
-      MODEL.init, jax.random.key(0), np.zeros((12, 12, 3)), np.zeros(7, int)
-  )
+  shapes = jax.eval_shape(MODEL.init, jax.random.key(0), np.zeros((12, 12, 3)), np.zeros(7, int))
   signature = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert signature(variables) == signature(shapes)
 
@@ -54,7 +49,7 @@ def test_patch_kernel_is_laid_out_row_column_channel(variables):
   kernel = variables['params']['encoder']['patch_projection']['kernel']
   size, row, column, channel = MODEL.patch_size, 1, 2, 0
   np.testing.assert_array_equal(
-      kernel[(row * size + column) * 3 + channel], torch_kernel[:, channel, row, column]
+    kernel[(row * size + column) * 3 + channel], torch_kernel[:, channel, row, column]
   )
 
 
@@ -64,7 +59,7 @@ def test_arrays_that_dpcap_never_uses_may_be_absent(variables):
 
 
 @pytest.mark.parametrize(
-    'name', ['blocks.0.attn.qkv.weight', 'cls_token', 'text_decoder_pos_embed']
+  'name', ['blocks.0.attn.qkv.weight', 'cls_token', 'text_decoder_pos_embed']
 )
 def test_a_missing_array_is_named(name):
   with pytest.raises(UserError, match=f"'{name}' is missing"):
@@ -78,18 +73,18 @@ def test_an_unknown_array_is_named():
 
 
 @pytest.mark.parametrize(
-    'name, shape, needed',
-    [
-        ('decoder_embed.weight', (12, 8), r'\(8, 12\)'),
-        ('patch_embed.proj.weight', (12, 3, 8, 2), r'\(12, 3, 4, 4\)'),
-        ('patch_embed.proj.weight', (12, 48), r'\(12, 3, 4, 4\)'),
-        ('cls_token', (12,), r'\(1, 1, 12\)'),
-        ('norm.bias', (1, 12), r'\(12,\)'),
-        ('pos_embed', (10, 12), r'\(1, tokens, 12\)'),
-        ('pos_embed', (1, 11, 12), 'square'),
-        ('pos_embed', (1, 0, 12), 'no tokens'),
-        ('text_decoder_pos_embed', (1, 0, 8), 'no tokens'),
-    ],
+  'name, shape, needed',
+  [
+    ('decoder_embed.weight', (12, 8), r'\(8, 12\)'),
+    ('patch_embed.proj.weight', (12, 3, 8, 2), r'\(12, 3, 4, 4\)'),
+    ('patch_embed.proj.weight', (12, 48), r'\(12, 3, 4, 4\)'),
+    ('cls_token', (12,), r'\(1, 1, 12\)'),
+    ('norm.bias', (1, 12), r'\(12,\)'),
+    ('pos_embed', (10, 12), r'\(1, tokens, 12\)'),
+    ('pos_embed', (1, 11, 12), 'square'),
+    ('pos_embed', (1, 0, 12), 'no tokens'),
+    ('text_decoder_pos_embed', (1, 0, 8), 'no tokens'),
+  ],
 )
 def test_an_array_of_another_shape_is_named(name, shape, needed):
   with pytest.raises(UserError, match=f"'{name}' has.*{needed}"):

@@ -5,10 +5,9 @@ import math
 import time
 
 import dp_accounting
-from dp_accounting import pld
-from dp_accounting import rdp
 import numpy as np
 import pytest
+from dp_accounting import pld, rdp
 
 from dpcap import privacy
 
@@ -23,26 +22,26 @@ def make_plan(noise_multiplier, **changes):
 
 
 @pytest.mark.parametrize(
-    'size, batch, noise_multiplier, steps, by_rdp, by_pld',
-    [
-        (N, 1_310_720, 0.728, 5708, 8.05, 7.34),
-        (N, 1_310_720, 1.18, 2854, 1.99, 1.78),
-        (N, 200_000, 0.513, 5700, 7.98, 6.85),
-        (N // 10, 131_072, 0.728, 5708, 7.35, 6.66),
-        (N // 100, 13_107, 0.728, 5708, 6.63, 5.96),
-    ],
-    ids=['main', 'epsilon 2', 'batch 200,000', '10% of the data', '1% of the data'],
+  'size, batch, noise_multiplier, steps, by_rdp, by_pld',
+  [
+    (N, 1_310_720, 0.728, 5708, 8.05, 7.34),
+    (N, 1_310_720, 1.18, 2854, 1.99, 1.78),
+    (N, 200_000, 0.513, 5700, 7.98, 6.85),
+    (N // 10, 131_072, 0.728, 5708, 7.35, 6.66),
+    (N // 100, 13_107, 0.728, 5708, 6.63, 5.96),
+  ],
+  ids=['main', 'epsilon 2', 'batch 200,000', '10% of the data', '1% of the data'],
 )
 def test_the_runs_of_the_paper_spend_what_the_design_says(
-    size, batch, noise_multiplier, steps, by_rdp, by_pld
+  size, batch, noise_multiplier, steps, by_rdp, by_pld
 ):
   plan = privacy.PrivacyPlan(
-      dataset_size=size,
-      expected_batch_size=batch,
-      steps=steps,
-      delta=1 / size,
-      clip_norm=1.0,
-      noise_multiplier=noise_multiplier,
+    dataset_size=size,
+    expected_batch_size=batch,
+    steps=steps,
+    delta=1 / size,
+    clip_norm=1.0,
+    noise_multiplier=noise_multiplier,
   )
   assert round(plan.epsilon(accountant='rdp'), 2) == by_rdp
   assert round(plan.epsilon(accountant='pld'), 2) == by_pld
@@ -50,7 +49,7 @@ def test_the_runs_of_the_paper_spend_what_the_design_says(
 
 
 @pytest.mark.parametrize(
-    'accountant, make', [('rdp', rdp.RdpAccountant), ('pld', pld.PLDAccountant)]
+  'accountant, make', [('rdp', rdp.RdpAccountant), ('pld', pld.PLDAccountant)]
 )
 def test_epsilon_is_that_of_dp_accounting_called_directly(rng, accountant, make):
   for _ in range(3):
@@ -60,10 +59,10 @@ def test_epsilon_is_that_of_dp_accounting_called_directly(rng, accountant, make)
     plan = privacy.PrivacyPlan(size, batch, steps, delta, 1.0, noise_multiplier)
     direct = make(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     direct.compose(
-        dp_accounting.PoissonSampledDpEvent(
-            batch / size, dp_accounting.GaussianDpEvent(noise_multiplier)
-        ),
-        steps,
+      dp_accounting.PoissonSampledDpEvent(
+        batch / size, dp_accounting.GaussianDpEvent(noise_multiplier)
+      ),
+      steps,
     )
     expected = direct.get_epsilon(delta)
     assert plan.epsilon(accountant=accountant) == pytest.approx(expected, rel=1e-6)
@@ -82,13 +81,13 @@ def test_without_subsampling_epsilon_is_that_of_the_gaussian_mechanism():
 @both
 def test_epsilon_rises_with_steps_and_batch_and_falls_with_noise_and_delta(accountant):
   epsilon = lambda **changes: make_plan(
-      changes.pop('noise_multiplier', 2.0), accountant=accountant, **changes
+    changes.pop('noise_multiplier', 2.0), accountant=accountant, **changes
   ).epsilon()
   for name, values, rises in (
-      ('steps', [1, 20, 50, 200], True),
-      ('expected_batch_size', [1, 50, 100, 1000], True),
-      ('noise_multiplier', [1.0, 2.0, 2.1, 8.0], False),
-      ('delta', [1e-9, 1e-5, 1e-4], False),
+    ('steps', [1, 20, 50, 200], True),
+    ('expected_batch_size', [1, 50, 100, 1000], True),
+    ('noise_multiplier', [1.0, 2.0, 2.1, 8.0], False),
+    ('delta', [1e-9, 1e-5, 1e-4], False),
   ):
     bounds = np.array([epsilon(**{name: value}) for value in values])
     assert np.all(np.diff(bounds) > 0 if rises else np.diff(bounds) < 0), name
@@ -109,7 +108,7 @@ def test_more_releases_than_steps_cost_more(rng):
 
 
 @pytest.mark.parametrize(
-    'epsilon, accountant', [(0.1, 'rdp'), (8.0, 'rdp'), (50.0, 'rdp'), (0.1, 'pld'), (1.0, 'pld')]
+  'epsilon, accountant', [(0.1, 'rdp'), (8.0, 'rdp'), (50.0, 'rdp'), (0.1, 'pld'), (1.0, 'pld')]
 )
 def test_calibration_finds_the_least_noise_within_epsilon(epsilon, accountant):
   plan = privacy.calibrate(epsilon=epsilon, accountant=accountant, **SMALL)
@@ -127,8 +126,8 @@ def test_calibrating_the_main_run_by_rdp_gives_the_papers_noise():
 
 def test_calibrating_by_pld_needs_less_noise_than_by_rdp():
   by_rdp, by_pld = (
-      privacy.calibrate(epsilon=1.0, accountant=name, **SMALL).noise_multiplier
-      for name in ('rdp', 'pld')
+    privacy.calibrate(epsilon=1.0, accountant=name, **SMALL).noise_multiplier
+    for name in ('rdp', 'pld')
   )
   assert by_pld < by_rdp
 

@@ -57,25 +57,25 @@ def numpy_gradient(params, example):
   d_embedding = np.zeros_like(p['embedding'])
   np.add.at(d_embedding, tokens, d_h)
   return {
-      'embedding': d_embedding,
-      'norm': {'scale': (d_y * n).sum(0), 'bias': d_y.sum(0)},
-      'dense': {'kernel': y.T @ d_z, 'bias': d_z.sum(0)},
-      'extra': np.array([0.0, float(example['poison']), 0.0]),
+    'embedding': d_embedding,
+    'norm': {'scale': (d_y * n).sum(0), 'bias': d_y.sum(0)},
+    'dense': {'kernel': y.T @ d_z, 'bias': d_z.sum(0)},
+    'extra': np.array([0.0, float(example['poison']), 0.0]),
   }
 
 
 def make_params(rng, dtype=jnp.float32):
   shapes = {
-      'embedding': (VOCAB, WIDTH),
-      'norm': {'scale': (WIDTH,), 'bias': (WIDTH,)},
-      'dense': {'kernel': (WIDTH, OUT), 'bias': (OUT,)},
-      'extra': (3,),
+    'embedding': (VOCAB, WIDTH),
+    'norm': {'scale': (WIDTH,), 'bias': (WIDTH,)},
+    'dense': {'kernel': (WIDTH, OUT), 'bias': (OUT,)},
+    'extra': (3,),
   }
   # Small enough that no tanh saturates: float32 would lose its derivative.
   return jax.tree.map(
-      lambda shape: jnp.asarray(rng.uniform(-0.6, 0.6, shape), dtype),
-      shapes,
-      is_leaf=lambda x: isinstance(x, tuple),
+    lambda shape: jnp.asarray(rng.uniform(-0.6, 0.6, shape), dtype),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
   )
 
 
@@ -84,10 +84,10 @@ def make_batch(rng, size=BATCH, weights=None):
   if weights is None:
     weights = rng.lognormal(sigma=1.5, size=size)
   return {
-      'tokens': rng.integers(VOCAB, size=(size, LENGTH)),
-      'target': rng.normal(size=(size, OUT)).astype(np.float32) + 2,
-      'weight': np.asarray(weights, np.float32),
-      'poison': np.zeros(size, np.float32),
+    'tokens': rng.integers(VOCAB, size=(size, LENGTH)),
+    'target': rng.normal(size=(size, OUT)).astype(np.float32) + 2,
+    'weight': np.asarray(weights, np.float32),
+    'poison': np.zeros(size, np.float32),
   }
 
 
@@ -112,9 +112,9 @@ def assert_identical(a, b):
 def jitted(strategy, clip_norm):
   """clipped_sum of loss_fn, compiled once per strategy, clip norm and input types."""
   return jax.jit(
-      lambda params, batch, mask: privacy.clipped_sum(
-          loss_fn, params, batch, mask, clip_norm=clip_norm, strategy=strategy
-      )
+    lambda params, batch, mask: privacy.clipped_sum(
+      loss_fn, params, batch, mask, clip_norm=clip_norm, strategy=strategy
+    )
   )
 
 
@@ -157,7 +157,7 @@ def test_equals_jax_privacy(rng, strategy, clip_norm):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('clip_norm', [1e-4, 0.1, 1.0, 1e4])
 def test_leaving_out_one_example_moves_the_sum_by_at_most_clip_norm(
-    rng, strategy, clip_norm, dtype
+  rng, strategy, clip_norm, dtype
 ):
   function = jitted(strategy, clip_norm)
   for _ in range(3):
@@ -193,9 +193,9 @@ def test_the_norm_of_a_wide_parameter_does_not_lose_its_small_terms(strategy):
   width, clip_norm = 2**25, 1.0
   params = jnp.zeros(width)
   result = jax.jit(
-      lambda params, batch: privacy.clipped_sum(
-          lambda p, x: x * jnp.sum(p), params, batch, clip_norm=clip_norm, strategy=strategy
-      )
+    lambda params, batch: privacy.clipped_sum(
+      lambda p, x: x * jnp.sum(p), params, batch, clip_norm=clip_norm, strategy=strategy
+    )
   )(params, jnp.array([1.37]))
   assert norm(result.sum) == pytest.approx(clip_norm, rel=1e-5)
 
@@ -211,7 +211,7 @@ def test_a_small_gradient_is_left_exactly_as_it_is(rng, strategy):
   powers = np.float32(2.0) ** rng.integers(-40, -1, 50)
   for x in powers:
     result = privacy.clipped_sum(
-        lambda p, x: p * x, jnp.float32(0), jnp.array([x]), clip_norm=1.0, strategy=strategy
+      lambda p, x: p * x, jnp.float32(0), jnp.array([x]), clip_norm=1.0, strategy=strategy
     )
     assert result.sum == x
 
@@ -224,21 +224,21 @@ def test_a_zero_gradient_contributes_zero(rng, strategy):
 
 
 @pytest.mark.parametrize(
-    'key, value',
-    [
-        ('weight', NAN),
-        ('weight', INF),
-        ('weight', 1e38),  # its square overflows
-        ('weight', 1e22),
-        ('target', NAN),
-        ('target', -INF),
-        ('poison', NAN),  # of one coordinate; all others are finite
-        ('poison', -INF),
-        ('poison', 1e20),
-    ],
+  'key, value',
+  [
+    ('weight', NAN),
+    ('weight', INF),
+    ('weight', 1e38),  # its square overflows
+    ('weight', 1e22),
+    ('target', NAN),
+    ('target', -INF),
+    ('poison', NAN),  # of one coordinate; all others are finite
+    ('poison', -INF),
+    ('poison', 1e20),
+  ],
 )
 def test_an_unusable_gradient_contributes_exactly_zero_to_every_parameter(
-    rng, strategy, key, value
+  rng, strategy, key, value
 ):
   params, batch = make_params(rng), make_batch(rng)
   function = jitted(strategy, 1.0)
@@ -286,9 +286,7 @@ def test_the_sum_is_float32_shaped_as_the_parameters(rng, strategy, dtype):
 
 
 @pytest.mark.parametrize('physical', [1, 3, 8, 12, 32])
-def test_accumulation_over_physical_batches_of_any_size_gives_the_same_sum(
-    rng, strategy, physical
-):
+def test_accumulation_over_physical_batches_of_any_size_gives_the_same_sum(rng, strategy, physical):
   params, size = make_params(rng), 12
   batch, mask = make_batch(rng, size), rng.random(size) < 0.8
   expected, norms = direct_sum(params, batch, mask, 1.0)
@@ -309,7 +307,7 @@ def test_accumulation_over_physical_batches_of_any_size_gives_the_same_sum(
     return jax.lax.fori_loop(0, count, body, (zeros, jnp.zeros((count, physical))))
 
   total, actual_norms = accumulate(
-      params, jax.tree.map(lambda x: jnp.asarray(split(x)), batch), jnp.asarray(split(padded_mask))
+    params, jax.tree.map(lambda x: jnp.asarray(split(x)), batch), jnp.asarray(split(padded_mask))
   )
   assert norm(difference(total, expected)) <= 1e-5 * size
   np.testing.assert_allclose(actual_norms.reshape(-1)[:size], norms, rtol=1e-5)
@@ -318,7 +316,7 @@ def test_accumulation_over_physical_batches_of_any_size_gives_the_same_sum(
 def test_without_a_mask_all_examples_count(rng, strategy):
   params, batch = make_params(rng), make_batch(rng)
   actual = jax.jit(
-      lambda *args: privacy.clipped_sum(loss_fn, *args, clip_norm=1.0, strategy=strategy)
+    lambda *args: privacy.clipped_sum(loss_fn, *args, clip_norm=1.0, strategy=strategy)
   )(params, batch)
   expected, norms = direct_sum(params, batch, np.ones(BATCH, bool), 1.0)
   assert norm(difference(actual.sum, expected)) <= 1e-5 * BATCH
@@ -333,9 +331,7 @@ def test_a_wrong_clip_norm_is_refused(rng, clip_norm):
 
 def test_an_unknown_strategy_is_refused_and_the_known_ones_are_named(rng):
   with pytest.raises(ValueError, match="'magic'; allowed: .*vmap"):
-    privacy.clipped_sum(
-        loss_fn, make_params(rng), make_batch(rng), clip_norm=1.0, strategy='magic'
-    )
+    privacy.clipped_sum(loss_fn, make_params(rng), make_batch(rng), clip_norm=1.0, strategy='magic')
 
 
 plain = jax.jit(lambda params, batch, mask: privacy.plain_sum(loss_fn, params, batch, mask))

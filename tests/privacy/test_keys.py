@@ -48,8 +48,8 @@ def test_a_directory_that_was_there_is_closed_to_others(tmp_path):
 def test_every_bit_of_every_key_varies():
   keys = [privacy.Keys.from_entropy() for _ in range(200)]
   for words, bits in (
-      (np.array([key.noise for key in keys], np.uint64), 32),
-      (np.array([key.sampling for key in keys], np.uint64), 64),
+    (np.array([key.noise for key in keys], np.uint64), 32),
+    (np.array([key.sampling for key in keys], np.uint64), 64),
   ):
     assert words.shape == (200, 2)
     ones = (words[..., None] >> np.arange(bits, dtype=np.uint64) & np.uint64(1)).sum(0)
@@ -88,7 +88,7 @@ def test_a_restart_in_the_same_environment_replays(tmp_path):
 
 @pytest.mark.parametrize('resume_step, lost', [(12, 0), (10, 2), (0, 12)])
 def test_a_restart_in_another_environment_gets_fresh_keys_and_counts_what_it_lost(
-    tmp_path, resume_step, lost
+  tmp_path, resume_step, lost
 ):
   store = open_store(tmp_path)
   run_steps(store, 0, 12)
@@ -143,15 +143,15 @@ def test_resuming_without_the_store_is_refused_with_its_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'damage',
-    [
-        '',
-        '{"noise": [1, 2], "samp',
-        '[]',
-        'null',
-        '{}',
-        '{"noise": 3, "sampling": [1, 2], "environment": "", "started": 0, "lost_releases": 0}',
-    ],
+  'damage',
+  [
+    '',
+    '{"noise": [1, 2], "samp',
+    '[]',
+    'null',
+    '{}',
+    '{"noise": 3, "sampling": [1, 2], "environment": "", "started": 0, "lost_releases": 0}',
+  ],
 )
 @pytest.mark.parametrize('resume_step', [0, 7])
 def test_a_damaged_store_is_refused_with_its_path_and_left_alone(tmp_path, damage, resume_step):

@@ -40,10 +40,10 @@ def assert_uncorrelated(x, y):
 
 
 @pytest.mark.parametrize(
-    'noise_multiplier, clip_norm', [(1.0, 1.0), (0.728, 1.0), (0.5, 0.1), (3.0, 20.0)]
+  'noise_multiplier, clip_norm', [(1.0, 1.0), (0.728, 1.0), (0.5, 0.1), (3.0, 20.0)]
 )
 def test_noise_is_gaussian_of_standard_deviation_sigma_times_clip_norm(
-    rng, noise_multiplier, clip_norm
+  rng, noise_multiplier, clip_norm
 ):
   (noise,) = draw(make_key(rng), 3, [(1000, 1000)], noise_multiplier, clip_norm)
   z = np.asarray(noise, np.float64).ravel() / (noise_multiplier * clip_norm)
@@ -62,9 +62,7 @@ def test_noise_is_added_to_the_sum(rng):
 
 def test_noise_keeps_structure_shape_and_float32(rng):
   clipped = {'a': jnp.ones((2, 3)), 'b': {'c': jnp.ones(())}}
-  noisy, state = privacy.MECHANISMS['gaussian'](1.0, 1.0).add_noise(
-      make_key(rng), 0, clipped, ()
-  )
+  noisy, state = privacy.MECHANISMS['gaussian'](1.0, 1.0).add_noise(make_key(rng), 0, clipped, ())
   assert jax.tree.structure(noisy) == jax.tree.structure(clipped)
   assert jax.tree.map(jnp.shape, noisy) == jax.tree.map(jnp.shape, clipped)
   assert {leaf.dtype for leaf in jax.tree.leaves(noisy)} == {np.dtype(np.float32)}
@@ -91,7 +89,7 @@ def test_steps_and_leaves_and_keys_are_independent(rng):
   shapes = [(300, 300)] * 3
   keys = make_key(rng), make_key(rng)
   noises = [
-      np.asarray(leaf) for key in keys for step in range(3) for leaf in draw(key, step, shapes)
+    np.asarray(leaf) for key in keys for step in range(3) for leaf in draw(key, step, shapes)
   ]
   for i, one in enumerate(noises):
     for other in noises[:i]:
@@ -137,11 +135,11 @@ def test_eight_devices_draw_the_numbers_of_one(rng, tmp_path):
   words = [int(word) for word in rng.integers(2**32, size=2)]
   path = tmp_path / 'noise.npz'
   subprocess.run(
-      [sys.executable, '-c', _SHARDED, path, *map(str, words)],
-      check=True,
-      cwd=REPOSITORY,
-      env=os.environ
-      | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu'},
+    [sys.executable, '-c', _SHARDED, path, *map(str, words)],
+    check=True,
+    cwd=REPOSITORY,
+    env=os.environ
+    | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu'},
   )
   key = jax.random.wrap_key_data(jnp.array(words, jnp.uint32))
   expected = draw(key, 11, [(16, 24), (3, 40), (5,), (16, 24)], 1.5, 2.0)

@@ -10,47 +10,47 @@ from dpcap import privacy
 
 NAN, INF = float('nan'), float('inf')
 RIGHT = dict(
-    dataset_size=1000,
-    expected_batch_size=100,
-    steps=50,
-    delta=1e-5,
-    clip_norm=1.0,
-    noise_multiplier=1.5,
+  dataset_size=1000,
+  expected_batch_size=100,
+  steps=50,
+  delta=1e-5,
+  clip_norm=1.0,
+  noise_multiplier=1.5,
 )
 NOT_PRIVATE = dict(noise_multiplier=0.0, mechanism='none')
 
 SIZES = [
-    ('dataset_size', 0, 'at least 1'),
-    ('dataset_size', -5, 'at least 1'),
-    ('expected_batch_size', 0, 'from 1 to .*1000'),
-    ('expected_batch_size', -1, 'from 1 to .*1000'),
-    ('expected_batch_size', 1001, 'from 1 to .*1000'),
-    ('expected_batch_size', NAN, 'from 1 to .*1000'),
-    ('steps', 0, 'at least 1'),
-    ('steps', NAN, 'at least 1'),
-    ('delta', 0.0, 'above 0 and below 1'),
-    ('delta', 1.0, 'above 0 and below 1'),
-    ('delta', -1e-6, 'above 0 and below 1'),
-    ('delta', NAN, 'above 0 and below 1'),
-    ('clip_norm', 0.0, 'positive and finite'),
-    ('clip_norm', -1.0, 'positive and finite'),
-    ('clip_norm', INF, 'positive and finite'),
-    ('clip_norm', NAN, 'positive and finite'),
-    ('mechanism', 'laplace', 'gaussian, none'),
-    ('sampler', 'cyclic', 'poisson, shuffle'),
-    ('accountant', 'moments', 'pld, rdp'),
+  ('dataset_size', 0, 'at least 1'),
+  ('dataset_size', -5, 'at least 1'),
+  ('expected_batch_size', 0, 'from 1 to .*1000'),
+  ('expected_batch_size', -1, 'from 1 to .*1000'),
+  ('expected_batch_size', 1001, 'from 1 to .*1000'),
+  ('expected_batch_size', NAN, 'from 1 to .*1000'),
+  ('steps', 0, 'at least 1'),
+  ('steps', NAN, 'at least 1'),
+  ('delta', 0.0, 'above 0 and below 1'),
+  ('delta', 1.0, 'above 0 and below 1'),
+  ('delta', -1e-6, 'above 0 and below 1'),
+  ('delta', NAN, 'above 0 and below 1'),
+  ('clip_norm', 0.0, 'positive and finite'),
+  ('clip_norm', -1.0, 'positive and finite'),
+  ('clip_norm', INF, 'positive and finite'),
+  ('clip_norm', NAN, 'positive and finite'),
+  ('mechanism', 'laplace', 'gaussian, none'),
+  ('sampler', 'cyclic', 'poisson, shuffle'),
+  ('accountant', 'moments', 'pld, rdp'),
 ]
 
 
 @pytest.mark.parametrize(
-    'field, value, allowed',
-    [
-        *SIZES,
-        ('noise_multiplier', 0.0, 'positive and finite'),
-        ('noise_multiplier', -0.5, 'positive and finite'),
-        ('noise_multiplier', INF, 'positive and finite'),
-        ('noise_multiplier', NAN, 'positive and finite'),
-    ],
+  'field, value, allowed',
+  [
+    *SIZES,
+    ('noise_multiplier', 0.0, 'positive and finite'),
+    ('noise_multiplier', -0.5, 'positive and finite'),
+    ('noise_multiplier', INF, 'positive and finite'),
+    ('noise_multiplier', NAN, 'positive and finite'),
+  ],
 )
 def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(field, value, allowed):
   with pytest.raises(ValueError, match=rf'{field} is {value!r};.*{allowed}'):
@@ -58,15 +58,15 @@ def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(field, va
 
 
 @pytest.mark.parametrize(
-    'field, value, allowed',
-    [
-        *SIZES,
-        ('epsilon', 0.0, 'positive'),
-        ('epsilon', -8.0, 'positive'),
-        ('epsilon', -INF, 'positive'),
-        ('epsilon', NAN, 'positive'),
-        ('mechanism', 'none', 'epsilon is 8.0.*epsilon = inf'),
-    ],
+  'field, value, allowed',
+  [
+    *SIZES,
+    ('epsilon', 0.0, 'positive'),
+    ('epsilon', -8.0, 'positive'),
+    ('epsilon', -INF, 'positive'),
+    ('epsilon', NAN, 'positive'),
+    ('mechanism', 'none', 'epsilon is 8.0.*epsilon = inf'),
+  ],
 )
 def test_calibrate_refuses_the_same_and_a_wrong_epsilon(field, value, allowed):
   right = {key: RIGHT[key] for key in RIGHT if key != 'noise_multiplier'} | {'epsilon': 8.0}
@@ -115,7 +115,7 @@ def test_the_sampler_and_the_mechanism_carry_the_plans_numbers():
   assert (sampler.dataset_size, sampler.expected_batch_size) == (1000, 100)
   assert (mechanism.noise_multiplier, mechanism.clip_norm) == (1.5, 0.3)
   np.testing.assert_array_equal(
-      sampler.draw(7), privacy.SAMPLERS['poisson'](1000, 100, (1, 2)).draw(7)
+    sampler.draw(7), privacy.SAMPLERS['poisson'](1000, 100, (1, 2)).draw(7)
   )
   shuffled = privacy.PrivacyPlan(**(RIGHT | NOT_PRIVATE), sampler='shuffle')
   assert len(shuffled.make_sampler((1, 2)).draw(0)) == 100

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dpcap.privacy import SAMPLERS
-from dpcap.privacy import sampling
+from dpcap.privacy import SAMPLERS, sampling
 
 SHARDS = range(sampling.VIRTUAL_SHARDS)
 # How often a right program fails one of these comparisons.
@@ -115,8 +114,8 @@ def test_steps_are_drawn_independently_of_each_other(inclusions):
 
 
 @pytest.mark.parametrize(
-    'size, batch',
-    [(1, 1), (10, 5), (1023, 100), (1024, 1024), (1025, 3), (5000, 2000), (3_000_000, 2)],
+  'size, batch',
+  [(1, 1), (10, 5), (1023, 100), (1024, 1024), (1025, 3), (5000, 2000), (3_000_000, 2)],
 )
 def test_indices_are_ascending_unique_and_in_range(rng, size, batch):
   sampler = make_poisson(rng, size, batch)
@@ -243,9 +242,9 @@ def test_the_streams_of_draws_shuffles_and_augmentations_never_meet(rng, monkeyp
 def test_augmentations_are_replayable_and_differ_between_steps_and_examples(rng):
   key = make_key(rng)
   numbers = {
-      (step, index): tuple(sampling.augmentation_generator(key, step, index).random(3))
-      for step in range(5)
-      for index in range(5)
+    (step, index): tuple(sampling.augmentation_generator(key, step, index).random(3))
+    for step in range(5)
+    for index in range(5)
   }
   assert len(set(numbers.values())) == 25
   again = sampling.augmentation_generator(key, 2, 3).random(3)

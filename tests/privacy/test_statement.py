@@ -8,35 +8,35 @@ import pytest
 from dpcap import privacy
 
 PLAN = privacy.PrivacyPlan(
-    dataset_size=12_345,
-    expected_batch_size=678,
-    steps=90,
-    delta=2.5e-6,
-    clip_norm=0.3,
-    noise_multiplier=1.75,
+  dataset_size=12_345,
+  expected_batch_size=678,
+  steps=90,
+  delta=2.5e-6,
+  clip_norm=0.3,
+  noise_multiplier=1.75,
 )
 
 
 def make(plan=PLAN, steps=90, releases=90, fixed_seed=False):
   return privacy.make_statement(
-      plan,
-      steps=steps,
-      releases=releases,
-      clipping_strategy='vmap',
-      fixed_seed=fixed_seed,
-      tokenizer='bert-uncased vocabulary',
+    plan,
+    steps=steps,
+    releases=releases,
+    clipping_strategy='vmap',
+    fixed_seed=fixed_seed,
+    tokenizer='bert-uncased vocabulary',
   )
 
 
 def without_noise(sampler='poisson'):
   return privacy.calibrate(
-      epsilon=math.inf,
-      dataset_size=100,
-      expected_batch_size=10,
-      steps=5,
-      delta=1e-3,
-      clip_norm=math.inf,
-      sampler=sampler,
+    epsilon=math.inf,
+    dataset_size=100,
+    expected_batch_size=10,
+    steps=5,
+    delta=1e-3,
+    clip_norm=math.inf,
+    sampler=sampler,
   )
 
 
@@ -85,9 +85,9 @@ def test_the_text_says_the_numbers_and_what_is_not_covered():
 
 @pytest.mark.parametrize('fixed_seed', [False, True])
 @pytest.mark.parametrize(
-    'plan',
-    [PLAN, without_noise(), without_noise('shuffle')],
-    ids=['private', 'no noise', 'shuffled'],
+  'plan',
+  [PLAN, without_noise(), without_noise('shuffle')],
+  ids=['private', 'no noise', 'shuffled'],
 )
 def test_it_survives_json_without_nan_or_infinity(plan, fixed_seed):
   statement = make(plan, fixed_seed=fixed_seed)

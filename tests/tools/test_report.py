@@ -14,39 +14,46 @@ from dpcap import data
 from dpcap.errors import UserError
 from tests import tiny
 from tools import report
-from tools.report_parts import captions
-from tools.report_parts import page
-from tools.report_parts import probes
+from tools.report_parts import captions, page, probes
 from tools.report_parts.run import read_run
 
 CLASSES = ['red', 'blue', '<b>&"green"']
 METRICS = [
-    {'step': 500, 'epsilon': 6.5, 'learning_rate': 0.001, 'images_per_second': 91.4},
-    {'step': 1000, 'epsilon': 7.98765, 'learning_rate': 0.00025, 'images_per_second': 94.2},
+  {'step': 500, 'epsilon': 6.5, 'learning_rate': 0.001, 'images_per_second': 91.4},
+  {'step': 1000, 'epsilon': 7.98765, 'learning_rate': 0.00025, 'images_per_second': 94.2},
 ]
 DIAGNOSTICS = [
-    {'step': 500, 'loss': 2.5, 'gradient_norm': 3.25, 'clip_fraction': 1.0},
-    {'step': 1000, 'loss': 1.6789, 'gradient_norm': 2.75, 'clip_fraction': 0.875},
+  {'step': 500, 'loss': 2.5, 'gradient_norm': 3.25, 'clip_fraction': 1.0},
+  {'step': 1000, 'loss': 1.6789, 'gradient_norm': 2.75, 'clip_fraction': 0.875},
 ]
 PRIVATE_FIGURES = ('1.6789', '2.75 at step', '87.5%')
 
 
-def write_run(workdir, statement=(), change=lambda config: None, metrics=None,
-              diagnostics=None, evals=None):
+def write_run(
+  workdir, statement=(), change=lambda config: None, metrics=None, diagnostics=None, evals=None
+):
   """A small workdir of 'micro' on scenes; `statement` is laid over the usual one."""
   config = tiny.get_config()
   config.privacy.update(noise_multiplier=None, epsilon=8.0)
   for name in ('private_features', 'raw_pixels', 'untrained'):
     config.evals[name] = config_lib.evaluator_config(
-        'linear_probe', train=source('validation'), test=source('test')
+      'linear_probe', train=source('validation'), test=source('test')
     )
   config.evals.captions = config_lib.evaluator_config('captions', source=source('test'))
   change(config)
   usual = {
-      'private': True, 'accountant': 'pld', 'epsilon': {'rdp': 10.0366, 'pld': 7.98765},
-      'delta': 1e-6, 'noise_multiplier': 0.54321, 'clip_norm': 1.25, 'dataset_size': 1000,
-      'expected_batch_size': 100, 'sampling_probability': 0.1, 'steps': 1000,
-      'not_covered': ['the <vocabulary>', 'other runs'], 'text': 'This model is <private>.',
+    'private': True,
+    'accountant': 'pld',
+    'epsilon': {'rdp': 10.0366, 'pld': 7.98765},
+    'delta': 1e-6,
+    'noise_multiplier': 0.54321,
+    'clip_norm': 1.25,
+    'dataset_size': 1000,
+    'expected_batch_size': 100,
+    'sampling_probability': 0.1,
+    'steps': 1000,
+    'not_covered': ['the <vocabulary>', 'other runs'],
+    'text': 'This model is <private>.',
   }
   workdir.mkdir(exist_ok=True)
   (workdir / 'config.json').write_text(config_lib.to_json(config))
@@ -70,21 +77,29 @@ def source(split, **options):
 def probe(features, value, interval, classes=CLASSES):
   per_class = dict(zip(classes, (0.111, 0.222)))  # the last one has no test image
   return {
-      'metric': 'top1', 'value': value, 'n': 4321, 'n_train': 9876, 'interval95': interval,
-      'features': features, 'classes': classes, 'per_class': per_class,
+    'metric': 'top1',
+    'value': value,
+    'n': 4321,
+    'n_train': 9876,
+    'interval95': interval,
+    'features': features,
+    'classes': classes,
+    'per_class': per_class,
   }
 
 
 EVALS = {
-    'private_features': probe('model', 0.9123, [0.9012, 0.9234]),
-    'raw_pixels': probe('pixels', 0.8567, [0.8456, 0.8678]),
-    'captions': {
-        'metric': 'exact_match', 'value': 0.5, 'n': 2,
-        'captions': [
-            {'index': 0, 'written': 'a red cross', 'given': 'a large red ring'},
-            {'index': 1, 'written': '<i>x</i>', 'given': '<i>x</i>'},
-        ],
-    },
+  'private_features': probe('model', 0.9123, [0.9012, 0.9234]),
+  'raw_pixels': probe('pixels', 0.8567, [0.8456, 0.8678]),
+  'captions': {
+    'metric': 'exact_match',
+    'value': 0.5,
+    'n': 2,
+    'captions': [
+      {'index': 0, 'written': 'a red cross', 'given': 'a large red ring'},
+      {'index': 1, 'written': '<i>x</i>', 'given': '<i>x</i>'},
+    ],
+  },
 }
 FULL = dict(metrics=METRICS, diagnostics=DIAGNOSTICS, evals=EVALS)
 
@@ -125,11 +140,28 @@ def test_loads_nothing(full):
 def test_figures_are_those_of_the_files(full):
   text = plain(full['report.html'])
   for figure in (
-      '7.988', '10.037', '1 × 10 −6', '0.5432', '1.25',  # the statement
-      '1,000 steps of 6 planned', 'expected batch 100', '100 epochs', '1,000 image–text pairs',
-      '91.2%', '90.1 – 92.3', '85.7%', '84.6 – 86.8', '33.3%', '4,321', '9,876',  # the probes
-      '11.1%', '22.2%',
-      '7.988 at step 1,000', '0.00025 at step', '94 at step', '50.0% of 2',
+    '7.988',
+    '10.037',
+    '1 × 10 −6',
+    '0.5432',
+    '1.25',  # the statement
+    '1,000 steps of 6 planned',
+    'expected batch 100',
+    '100 epochs',
+    '1,000 image–text pairs',
+    '91.2%',
+    '90.1 – 92.3',
+    '85.7%',
+    '84.6 – 86.8',
+    '33.3%',
+    '4,321',
+    '9,876',  # the probes
+    '11.1%',
+    '22.2%',
+    '7.988 at step 1,000',
+    '0.00025 at step',
+    '94 at step',
+    '50.0% of 2',
   ):
     assert figure in text, figure
   assert 'the <vocabulary>' in text and 'This model is <private>.' in text
@@ -164,18 +196,19 @@ def test_names_are_escaped(full, tmp_path):
     config.data.source = config_lib.source_config('tar_shards', path=hostile)
 
   text = public(
-      tmp_path,
-      statement={'text': hostile, 'not_covered': [hostile]},
-      change=change,
-      evals={
-          'private_features': probe('model', 0.5, [0.4, 0.6], [hostile, 'b']),
-          'a': probe('model', 0.5, [0.4, 0.6]) | {'name': hostile},
-          'b': {'name': hostile, 'metric': hostile, 'value': 0.5, 'n': 2},
-          'captions': EVALS['captions'] | {
-              'name': hostile,
-              'captions': [{'index': 0, 'written': hostile, 'given': hostile + 'x'}],
-          },
+    tmp_path,
+    statement={'text': hostile, 'not_covered': [hostile]},
+    change=change,
+    evals={
+      'private_features': probe('model', 0.5, [0.4, 0.6], [hostile, 'b']),
+      'a': probe('model', 0.5, [0.4, 0.6]) | {'name': hostile},
+      'b': {'name': hostile, 'metric': hostile, 'value': 0.5, 'n': 2},
+      'captions': EVALS['captions']
+      | {
+        'name': hostile,
+        'captions': [{'index': 0, 'written': hostile, 'given': hostile + 'x'}],
       },
+    },
   )
   assert '<script' not in text and text.count('&lt;script&gt;') > 8
 
@@ -187,12 +220,12 @@ def test_model_above_all_others(tmp_path, full):
 
 
 @pytest.mark.parametrize(
-    'value, interval, said',
-    [
-        (0.875, [0.86, 0.89], 'raw pixels cannot be told apart (85.7%)'),
-        (0.84, [0.83, 0.85], 'raw pixels cannot be told apart (85.7%)'),
-        (0.5, [0.49, 0.51], 'raw pixels is better (85.7%)'),
-    ],
+  'value, interval, said',
+  [
+    (0.875, [0.86, 0.89], 'raw pixels cannot be told apart (85.7%)'),
+    (0.84, [0.83, 0.85], 'raw pixels cannot be told apart (85.7%)'),
+    (0.5, [0.49, 0.51], 'raw pixels is better (85.7%)'),
+  ],
 )
 def test_model_not_above_says_so(tmp_path, value, interval, said):
   worse = probe('untrained', 0.1, [0.05, 0.15])
@@ -217,13 +250,14 @@ def test_each_question_has_its_verdict(tmp_path):
   def change(config):
     for name in ('private_features', 'raw_pixels'):
       config.evals[f'{name}_count'] = config_lib.evaluator_config(
-          'linear_probe', train=source('validation', label='count'),
-          test=source('test', label='count'),
+        'linear_probe',
+        train=source('validation', label='count'),
+        test=source('test', label='count'),
       )
 
   count = {
-      'private_features_count': probe('model', 0.3, [0.2, 0.4]),
-      'raw_pixels_count': probe('pixels', 0.35, [0.25, 0.45]),
+    'private_features_count': probe('model', 0.3, [0.2, 0.4]),
+    'raw_pixels_count': probe('pixels', 0.35, [0.25, 0.45]),
   }
   color, counted = verdicts(tmp_path, evals=EVALS | count, change=change)
   assert 'Private features is above' in color and '(raw pixels)' in color
@@ -251,12 +285,12 @@ def test_images_are_those_of_the_source(full):
 
 
 @pytest.mark.parametrize(
-    'statement',
-    [
-        # A fixed seed: the accountant has a number, the run no guarantee.
-        {'private': False},
-        {'private': False, 'epsilon': {'pld': None}, 'clip_norm': None, 'noise_multiplier': 0.0},
-    ],
+  'statement',
+  [
+    # A fixed seed: the accountant has a number, the run no guarantee.
+    {'private': False},
+    {'private': False, 'epsilon': {'pld': None}, 'clip_norm': None, 'noise_multiplier': 0.0},
+  ],
 )
 def test_no_privacy(tmp_path, statement):
   text = plain(public(tmp_path, statement=statement, metrics=METRICS))
@@ -299,16 +333,16 @@ def test_classes_are_drawn_up_to_a_number(tmp_path, count, drawn):
 
 
 @pytest.mark.parametrize(
-    'name, content, said',
-    [
-        ('config.json', None, 'give the workdir of a run'),
-        ('config.json', '{"model": {', 'not JSON'),
-        ('config.json', '{"model": 3}', 'data is missing'),
-        ('privacy.json', None, 'with a checkpoint'),
-        ('privacy.json', '{"private', 'not JSON'),
-        ('privacy.json', '', 'not JSON'),
-        ('evals/captions.json', b'\xff\xfe', 'not JSON'),
-    ],
+  'name, content, said',
+  [
+    ('config.json', None, 'give the workdir of a run'),
+    ('config.json', '{"model": {', 'not JSON'),
+    ('config.json', '{"model": 3}', 'data is missing'),
+    ('privacy.json', None, 'with a checkpoint'),
+    ('privacy.json', '{"private', 'not JSON'),
+    ('privacy.json', '', 'not JSON'),
+    ('evals/captions.json', b'\xff\xfe', 'not JSON'),
+  ],
 )
 def test_damage_is_refused(tmp_path, name, content, said):
   path = write_run(tmp_path, evals=EVALS) / name

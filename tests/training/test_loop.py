@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from dpcap.errors import UserError
-from dpcap.training import build
-from dpcap.training import loop
+from dpcap.training import build, loop
 from dpcap.training import step as step_lib
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.optimizer import make_optimizer
@@ -62,6 +61,21 @@ def _wait_for_step(process, workdir, step):
   raise AssertionError('took too long')
 
 
+def _children(pid):
+  """Data workers of a run."""
+  found = []
+  for stat_file in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    try:
+      parent = int(stat_file.read_text().rpartition(')')[2].split()[1])
+      command = stat_file.with_name('cmdline').read_text()
+    except (FileNotFoundError, ProcessLookupError):
+      continue
+    if parent == pid and 'spawn_main' in command:
+      found.append(int(stat_file.parent.name))
+  assert found
+  return found
+
+
 @pytest.fixture(scope='module', name='reference')
 def _reference(tmp_path_factory):
   """The final state of an uninterrupted run, and its workdir."""
@@ -73,8 +87,11 @@ def _reference(tmp_path_factory):
 
 def _start(program, workdir, *arguments):
   return program(
-      'dpcap.train', '--config=tests/tiny.py', f'--workdir={workdir}',
-      f'--config.train.steps={_LONG}', *arguments,
+    'dpcap.train',
+    '--config=tests/tiny.py',
+    f'--workdir={workdir}',
+    f'--config.train.steps={_LONG}',
+    *arguments,
   )
 
 
@@ -95,16 +112,20 @@ def test_sigkill_at_any_moment_resumes_to_the_same_bits(program, tmp_path, refer
   # Replay is exact: nothing was released beyond the run's own steps.
   assert json.loads((workdir / 'privacy.json').read_text())['releases'] == _LONG
   assert _lines(workdir / 'diagnostics.private.jsonl') == _lines(
-      reference[1] / 'diagnostics.private.jsonl'
+    reference[1] / 'diagnostics.private.jsonl'
   )
 
 
 def test_sigterm_saves_first_and_resumes_to_the_same_bits(program, tmp_path, reference):
   workdir = tmp_path / 'run'
   # No periodic checkpoint: what is there after the signal was saved because of it.
-  process = _start(program, workdir, '--config.train.checkpoint_every=1000')
+  process = _start(
+    program, workdir, '--config.train.checkpoint_every=1000', '--config.data.workers=1'
+  )
   _wait_for_step(process, workdir, 3)
-  process.send_signal(signal.SIGTERM)
+  # As a scheduler does it: to the worker processes too.
+  for pid in [process.pid, *_children(process.pid)]:
+    os.kill(pid, signal.SIGTERM)
   output = process.communicate()[1]
   assert process.returncode == loop.STOPPED, output
   assert re.search(r'stopped after \d+ steps, saved', output)
@@ -115,11 +136,26 @@ def test_sigterm_saves_first_and_resumes_to_the_same_bits(program, tmp_path, ref
   jax.tree.map(np.testing.assert_array_equal, _final(config, workdir), reference[0])
 
 
+def test_dead_worker_is_told_in_one_line_and_the_run_goes_on(program, tmp_path, reference):
+  workdir = tmp_path / 'run'
+  process = _start(program, workdir, '--config.data.workers=1', '--config.train.steps=400')
+  _wait_for_step(process, workdir, 3)
+  for pid in _children(process.pid):
+    os.kill(pid, signal.SIGKILL)
+  errors = process.communicate()[1]
+  assert process.returncode == 2
+  assert 'error: a data worker died' in errors and 'Traceback' not in errors
+
+
 def test_workdir_holds_what_the_contract_says(reference):
   workdir = reference[1]
   assert {p.name for p in workdir.iterdir()} == {
-      'config.json', 'privacy.json', 'checkpoints', 'metrics.jsonl', 'tensorboard',
-      'diagnostics.private.jsonl',
+    'config.json',
+    'privacy.json',
+    'checkpoints',
+    'metrics.jsonl',
+    'tensorboard',
+    'diagnostics.private.jsonl',
   }
   statement = json.loads((workdir / 'privacy.json').read_text())
   assert statement['steps'] == statement['releases'] == _LONG
@@ -225,8 +261,12 @@ def test_a_finished_run_is_left_alone(reference):
 
 def test_loss_nan_goes_on_and_says_so(tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(
-      step_lib, 'example_loss', lambda model, frozen: lambda params, example: sum(
-          jnp.sum(p) for p in jax.tree.leaves(params)) * jnp.nan)
+    step_lib,
+    'example_loss',
+    lambda model, frozen: (
+      lambda params, example: sum(jnp.sum(p) for p in jax.tree.leaves(params)) * jnp.nan
+    ),
+  )
   state = loop.train(_config(), tmp_path / 'run')
   assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(state.params))
   assert 'not finite' in capfd.readouterr().err
@@ -251,8 +291,10 @@ def _refused(config, workdir, *parts):
 
 def test_bad_runs_are_refused_in_one_line(tmp_path, reference):
   _refused(
-      _config(train__steps=_LONG, privacy__clip_norm=2.0), reference[1],
-      'privacy.clip_norm = 1.0', '2.0',
+    _config(train__steps=_LONG, privacy__clip_norm=2.0),
+    reference[1],
+    'privacy.clip_norm = 1.0',
+    '2.0',
   )
   _refused(_config(privacy__expected_batch_size=401), tmp_path / 'x', 401, 400)
   _refused(_config(data__dataset_size=399), tmp_path / 'x', 'data.dataset_size', 399, 400)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from configs import dpcap
-from dpcap.training.optimizer import make_optimizer
-from dpcap.training.optimizer import make_schedule
+from dpcap.training.optimizer import make_optimizer, make_schedule
 
 
 def test_main_run_warms_up_over_2000_and_is_cut_off_its_cosine_at_5708():
@@ -40,7 +39,7 @@ def test_adamw_equals_a_direct_version_and_decays_matrices_only():
   for t in range(1, 5):
     grads = {k: rng.normal(size=v.shape) for k, v in params.items()}
     updates, state = optimizer.update(
-        jax.tree.map(jnp.float32, grads), state, jax.tree.map(jnp.float32, x)
+      jax.tree.map(jnp.float32, grads), state, jax.tree.map(jnp.float32, x)
     )
     for k, g in grads.items():
       m, v = moments[k]

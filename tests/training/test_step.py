@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpcap import data
-from dpcap import privacy
+from dpcap import data, privacy
 from dpcap.training import step as step_lib
 
 _BATCH, _EXPECTED, _CLIP, _SIGMA = 24, 20, 0.5, 0.7
@@ -29,7 +28,7 @@ class Tiny(nn.Module):
 
 def _plan(noise_multiplier=_SIGMA, **changes):
   settings = dict(
-      dataset_size=1000, expected_batch_size=_EXPECTED, steps=10, delta=1e-3, clip_norm=_CLIP
+    dataset_size=1000, expected_batch_size=_EXPECTED, steps=10, delta=1e-3, clip_norm=_CLIP
   )
   return privacy.PrivacyPlan(noise_multiplier=noise_multiplier, **settings | changes)
 
@@ -52,11 +51,11 @@ def _accumulate(step, state, examples, mask, physical):
   n = len(mask)
   fold = lambda x: x.reshape(n // physical, physical, *x.shape[1:])
   return step.accumulate(
-      state,
-      step_lib.zero_accumulator(state.params),
-      jax.tree.map(fold, examples),
-      fold(mask),
-      n // physical,
+    state,
+    step_lib.zero_accumulator(state.params),
+    jax.tree.map(fold, examples),
+    fold(mask),
+    n // physical,
   )
 
 
@@ -125,10 +124,10 @@ def test_noise_is_added_once_however_many_physical_batches(rng):
   examples, mask = _examples(rng), np.zeros(_BATCH, bool)
   for physical in (1, 24):
     noise = []
-    for i in range(30):
+    for _ in range(30):
       accumulator = _accumulate(step, state, examples, mask, physical)
       new, _, _ = step.update(
-          _copy(state), accumulator, jax.random.key(int(rng.integers(1 << 31))), ()
+        _copy(state), accumulator, jax.random.key(int(rng.integers(1 << 31))), ()
       )
       moved = jax.tree.map(lambda a, b: (a - b) * _EXPECTED, state.params, new.params)
       noise += [np.ravel(x) for x in jax.tree.leaves(moved)]
@@ -156,10 +155,11 @@ def test_frozen_tensors_never_move(rng):
 
 def test_non_finite_loss_contributes_zero_and_is_counted(rng):
   step, state = _make(_plan())
-  params = jax.tree.map(lambda p: np.where(np.arange(p.size).reshape(p.shape) == 0, np.inf, p),
-                        state.params)
+  params = jax.tree.map(
+    lambda p: np.where(np.arange(p.size).reshape(p.shape) == 0, np.inf, p), state.params
+  )
   accumulator = _accumulate(
-      step, state._replace(params=params), _examples(rng), np.ones(_BATCH, bool), 4
+    step, state._replace(params=params), _examples(rng), np.ones(_BATCH, bool), 4
   )
   assert accumulator.unusable == _BATCH
   assert all(np.all(g == 0) for g in jax.tree.leaves(accumulator.sum))
@@ -170,18 +170,22 @@ def test_non_finite_loss_contributes_zero_and_is_counted(rng):
 
 def test_step_without_privacy_is_the_plain_gradient(rng):
   plan = privacy.calibrate(
-      epsilon=np.inf, dataset_size=1000, expected_batch_size=_EXPECTED, steps=10, delta=1e-3,
-      clip_norm=_CLIP,
+    epsilon=np.inf,
+    dataset_size=1000,
+    expected_batch_size=_EXPECTED,
+    steps=10,
+    delta=1e-3,
+    clip_norm=_CLIP,
   )
   step, state = _make(plan)
   examples = _examples(rng)
   accumulator = _accumulate(step, state, examples, np.ones(_BATCH, bool), 4)
   new, _, _ = step.update(_copy(state), accumulator, jax.random.key(0), ())
   loss_fn = step_lib.example_loss(Tiny(), state.frozen)
-  total = jax.grad(lambda p: sum(
-      loss_fn(p, jax.tree.map(lambda x, i=i: x[i], examples)) for i in range(_BATCH)))
-  expected = jax.tree.map(
-      lambda p, g: p - g / _EXPECTED, state.params, total(state.params))
+  total = jax.grad(
+    lambda p: sum(loss_fn(p, jax.tree.map(lambda x, i=i: x[i], examples)) for i in range(_BATCH))
+  )
+  expected = jax.tree.map(lambda p, g: p - g / _EXPECTED, state.params, total(state.params))
   _close(new.params, expected, 2e-5)
 
 
@@ -193,7 +197,7 @@ def test_one_compiled_program_serves_every_draw(rng):
     step.accumulate(state, step_lib.zero_accumulator(state.params), examples, mask, live)
   compiled = step.accumulate._cache_size()
   step.accumulate(
-      state, step_lib.zero_accumulator(state.params), examples, rng.random((6, 4)) < 0.5, 5
+    state, step_lib.zero_accumulator(state.params), examples, rng.random((6, 4)) < 0.5, 5
   )
   assert step.accumulate._cache_size() == compiled
 
@@ -202,6 +206,6 @@ def test_noise_key_is_no_constant_of_the_compiled_program():
   step, state = _make(_plan())
   keys = privacy.Keys((0x12345678, 0x1ABCDEF0), (1, 2))
   lowered = step.update.lower(
-      state, step_lib.zero_accumulator(state.params), keys.noise_key(), ()
+    state, step_lib.zero_accumulator(state.params), keys.noise_key(), ()
   ).as_text()
   assert str(0x12345678) not in lowered and str(0x1ABCDEF0) not in lowered

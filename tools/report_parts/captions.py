@@ -1,10 +1,10 @@
 """What the model wrote about images, beside the images."""
 
 import base64
-from collections.abc import Sequence
 import difflib
 import html
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -34,15 +34,15 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
     written, given = mark_words(entry['written'], entry['given'])
     tick = '<span class="tick">✓</span> ' if entry['written'] == entry['given'] else ''
     figures.append(
-        f'<figure>{picture}<figcaption><p>{tick}{written or "<mark>nothing</mark>"}</p>'
-        f'<p class="given">{given}</p></figcaption></figure>'
+      f'<figure>{picture}<figcaption><p>{tick}{written or "<mark>nothing</mark>"}</p>'
+      f'<p class="given">{given}</p></figcaption></figure>'
     )
   title = html.escape(record['name'].replace('_', ' ').capitalize())
   return (
-      f'<section><h2>{title}</h2><p class="about">The caption that the model writes and, below it,'
-      f" the source's own. <mark>Marked</mark>: not in the source's caption; <u>underlined</u>:"
-      f' missed. The same word by word: {record["value"]:.1%} of {record["n"]:,}.</p>{absent}'
-      f'<div class="captions">{"".join(figures)}</div></section>'
+    f'<section><h2>{title}</h2><p class="about">The caption that the model writes and, below it,'
+    f" the source's own. <mark>Marked</mark>: not in the source's caption; <u>underlined</u>:"
+    f' missed. The same word by word: {record["value"]:.1%} of {record["n"]:,}.</p>{absent}'
+    f'<div class="captions">{"".join(figures)}</div></section>'
   )
 
 
@@ -81,7 +81,7 @@ def _picture(view: np.ndarray) -> str:
 
 
 def _views(
-    config: ml_collections.ConfigDict, options: dict[str, Any], entries: Sequence[dict]
+  config: ml_collections.ConfigDict, options: dict[str, Any], entries: Sequence[dict]
 ) -> list[np.ndarray]:
   """What the model saw, uint8 (H, W, 3)."""
   source = build.make_source(config, options)

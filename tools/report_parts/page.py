@@ -2,10 +2,10 @@
 
 import datetime
 import functools
-from html import escape
 import math
 import pathlib
 import string
+from html import escape
 from typing import Any
 
 import jax
@@ -17,55 +17,51 @@ from dpcap import models
 from dpcap.errors import UserError
 from dpcap.training import build
 from dpcap.training.step import init_state
-from tools.report_parts import captions
-from tools.report_parts import results
-from tools.report_parts.plots import Curve
-from tools.report_parts.plots import panel
+from tools.report_parts import captions, results
+from tools.report_parts.plots import Curve, panel
 from tools.report_parts.run import Run
 
 _TEMPLATE = pathlib.Path(__file__).with_name('page.html')
 
 _EPSILON = Curve('epsilon', 'Epsilon spent', 'epsilon', ',.3f', 'accent')
 _METRICS = (
-    Curve('learning_rate', 'Learning rate', 'learning rate', '.3g', 'accent'),
-    Curve('images_per_second', 'Throughput', 'images / s', ',.0f', 'accent'),
+  Curve('learning_rate', 'Learning rate', 'learning rate', '.3g', 'accent'),
+  Curve('images_per_second', 'Throughput', 'images / s', ',.0f', 'accent'),
 )
 _DIAGNOSTICS = (
-    Curve('loss', 'Loss', 'nats per token', ',.4f', 'private'),
-    Curve('gradient_norm', 'Gradient norm', 'mean per example', ',.4g', 'private'),
-    Curve('clip_fraction', 'Clipped examples', 'share of the batch', '.1%', 'private'),
+  Curve('loss', 'Loss', 'nats per token', ',.4f', 'private'),
+  Curve('gradient_norm', 'Gradient norm', 'mean per example', ',.4g', 'private'),
+  Curve('clip_fraction', 'Clipped examples', 'share of the batch', '.1%', 'private'),
 )
 
 
 def make_pages(run: Run) -> dict[str, str]:
   """File name -> HTML: the public page and, if there are diagnostics, the private one."""
   slots = {
-      'title': f'DP-Cap, size {run.config.model.size}, on {run.config.data.source.name}',
-      'guarantee': _guarantee_badge(run),
-      'lead': _what_was_trained(run),
-      **_privacy(run.statement),
-      'results': results.section(run),
-      'training': _training(run),
-      'captions': ''.join(
-          captions.section(run.config, record)
-          for record in run.evals.values()
-          if 'captions' in record
-      ),
-      'config': escape(config_lib.to_json(run.config)),
-      'colophon': _colophon(run),
+    'title': f'DP-Cap, size {run.config.model.size}, on {run.config.data.source.name}',
+    'guarantee': _guarantee_badge(run),
+    'lead': _what_was_trained(run),
+    **_privacy(run.statement),
+    'results': results.section(run),
+    'training': _training(run),
+    'captions': ''.join(
+      captions.section(run.config, record) for record in run.evals.values() if 'captions' in record
+    ),
+    'config': escape(config_lib.to_json(run.config)),
+    'colophon': _colophon(run),
   }
   template = string.Template(_TEMPLATE.read_text(encoding='utf-8'))
   pages = {'report.html': template.substitute(slots, badge='', diagnostics=_LEFT_OUT)}
   if run.diagnostics:
     pages['report.private.html'] = template.substitute(
-        slots, badge=_PRIVATE_BADGE, diagnostics=_diagnostics(run)
+      slots, badge=_PRIVATE_BADGE, diagnostics=_diagnostics(run)
     )
   return pages
 
 
 _LEFT_OUT = (
-    '<p class="absent">Loss, gradient norms and clip fraction are not on this page: they come'
-    ' from the training data and lie outside the guarantee.</p>'
+  '<p class="absent">Loss, gradient norms and clip fraction are not on this page: they come'
+  ' from the training data and lie outside the guarantee.</p>'
 )
 _PRIVATE_BADGE = '<span class="badge caution">shows private diagnostics</span>'
 
@@ -83,13 +79,13 @@ def _what_was_trained(run: Run) -> str:
   place = [source[key] for key in ('name', 'dataset', 'path', 'split') if source.get(key)]
   planned = '' if s['steps'] == c.train.steps else f' of {c.train.steps:,} planned'
   return (
-      f'An image captioner of size {c.model.size} ({_parameters(c)}a ViT encoder of {size.depth}'
-      f' layers and width {size.width}, a text decoder of {size.decoder_depth} layers and width'
-      f' {size.decoder_width}), trained {"with DP-SGD" if s["private"] else "without a guarantee"}'
-      f' on {s["dataset_size"]:,} image–text pairs ({escape(", ".join(place))}) at'
-      f' {c.data.image_size} × {c.data.image_size} pixels: {s["steps"]:,} steps{planned}, expected'
-      f' batch {s["expected_batch_size"]:,}, sampling probability {s["sampling_probability"]:.4g},'
-      f' {s["sampling_probability"] * s["steps"]:.3g} epochs in all.'
+    f'An image captioner of size {c.model.size} ({_parameters(c)}a ViT encoder of {size.depth}'
+    f' layers and width {size.width}, a text decoder of {size.decoder_depth} layers and width'
+    f' {size.decoder_width}), trained {"with DP-SGD" if s["private"] else "without a guarantee"}'
+    f' on {s["dataset_size"]:,} image–text pairs ({escape(", ".join(place))}) at'
+    f' {c.data.image_size} × {c.data.image_size} pixels: {s["steps"]:,} steps{planned}, expected'
+    f' batch {s["expected_batch_size"]:,}, sampling probability {s["sampling_probability"]:.4g},'
+    f' {s["sampling_probability"] * s["steps"]:.3g} epochs in all.'
   )
 
 
@@ -123,13 +119,12 @@ def _privacy(s: dict[str, Any]) -> dict[str, str]:
   if s['clip_norm']:
     tiles.append(('clip norm C', f'{s["clip_norm"]:g}', 'per example'))
   return {
-      'alarm': '' if s['private'] else f'<p class="alarm">{escape(s["text"])}</p>',
-      'tiles': ''.join(
-          f'<div><dt>{label}</dt><dd>{value}</dd><p>{note}</p></div>'
-          for label, value, note in tiles
-      ),
-      'statement': escape(s['text']),
-      'not_covered': ''.join(f'<li>{escape(item)}</li>' for item in s['not_covered']),
+    'alarm': '' if s['private'] else f'<p class="alarm">{escape(s["text"])}</p>',
+    'tiles': ''.join(
+      f'<div><dt>{label}</dt><dd>{value}</dd><p>{note}</p></div>' for label, value, note in tiles
+    ),
+    'statement': escape(s['text']),
+    'not_covered': ''.join(f'<li>{escape(item)}</li>' for item in s['not_covered']),
   }
 
 
@@ -143,9 +138,9 @@ def _training(run: Run) -> str:
 def _diagnostics(run: Run) -> str:
   panels = ''.join(panel(run.diagnostics, curve) for curve in _DIAGNOSTICS)
   return (
-      '<div class="private"><p><strong>Private: do not publish.</strong> These diagnostics come'
-      ' from the training data and lie outside the guarantee.</p>'
-      f'<div class="panels">{panels}</div></div>'
+    '<div class="private"><p><strong>Private: do not publish.</strong> These diagnostics come'
+    ' from the training data and lie outside the guarantee.</p>'
+    f'<div class="panels">{panels}</div></div>'
   )
 
 
@@ -154,6 +149,6 @@ def _colophon(run: Run) -> str:
   evaluated = f', the evaluations of step {", ".join(steps)}' if steps else ''
   now = datetime.datetime.now(datetime.timezone.utc)
   return (
-      f'The privacy statement is of step {run.statement["steps"]}{evaluated}.'
-      f' Written {now:%Y-%m-%d %H:%M} UTC.'
+    f'The privacy statement is of step {run.statement["steps"]}{evaluated}.'
+    f' Written {now:%Y-%m-%d %H:%M} UTC.'
   )

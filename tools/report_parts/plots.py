@@ -1,37 +1,39 @@
 """Curves as inline SVG."""
 
-from collections.abc import Sequence
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
-from matplotlib import figure
-from matplotlib import ticker
 import numpy as np
+from matplotlib import figure, ticker
 
 # Stand-ins for the variables of the style sheet, so that a plot follows it to dark mode.
 _COLORS = {
-    'ink': '#010101', 'muted': '#020202', 'line': '#030303', 'accent': '#040404',
-    'private': '#050505',
+  'ink': '#010101',
+  'muted': '#020202',
+  'line': '#030303',
+  'accent': '#040404',
+  'private': '#050505',
 }
 _STYLE = {
-    'svg.fonttype': 'none',  # text stays text, in the font of the page
-    'svg.hashsalt': 'dpcap',  # the same page for the same run
-    'font.size': 8,
-    'text.color': _COLORS['ink'],
-    'axes.edgecolor': _COLORS['line'],
-    'axes.labelcolor': _COLORS['muted'],
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.spines.left': False,
-    'axes.grid': True,
-    'axes.grid.axis': 'y',
-    'grid.color': _COLORS['line'],
-    'grid.linewidth': 0.6,
-    'xtick.color': _COLORS['muted'],
-    'ytick.color': _COLORS['muted'],
-    'xtick.major.size': 0,
-    'ytick.major.size': 0,
+  'svg.fonttype': 'none',  # text stays text, in the font of the page
+  'svg.hashsalt': 'dpcap',  # the same page for the same run
+  'font.size': 8,
+  'text.color': _COLORS['ink'],
+  'axes.edgecolor': _COLORS['line'],
+  'axes.labelcolor': _COLORS['muted'],
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.spines.left': False,
+  'axes.grid': True,
+  'axes.grid.axis': 'y',
+  'grid.color': _COLORS['line'],
+  'grid.linewidth': 0.6,
+  'xtick.color': _COLORS['muted'],
+  'ytick.color': _COLORS['muted'],
+  'xtick.major.size': 0,
+  'ytick.major.size': 0,
 }
 _NO_METADATA = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
 _TICKS = (1, 2, 2.5, 5, 10)  # an axis goes in these, times a power of ten
@@ -79,8 +81,13 @@ def panel(lines: Sequence[dict[str, Any]], curve: Curve, target: float | None = 
     if target is not None:
       axes.axhline(target, color=_COLORS['ink'], linewidth=0.9, linestyle='--')
       axes.annotate(
-          f'target {target:g}', (1, target), xycoords=('axes fraction', 'data'),
-          xytext=(0, 3), textcoords='offset points', ha='right', va='bottom',
+        f'target {target:g}',
+        (1, target),
+        xycoords=('axes fraction', 'data'),
+        xytext=(0, 3),
+        textcoords='offset points',
+        ha='right',
+        va='bottom',
       )
     axes.set(xlabel='step', ylabel=curve.unit)
     axes.set_xlim(0, steps.max())
@@ -97,6 +104,6 @@ def panel(lines: Sequence[dict[str, Any]], curve: Curve, target: float | None = 
     svg = svg.replace(placeholder, f'var(--{name})')
   last = np.flatnonzero(finite)[-1]
   return (
-      f'<figure class="panel"><figcaption>{curve.title} <span><b>{values[last]:{curve.spec}}</b>'
-      f' at step {steps[last]:,}</span></figcaption>{svg}</figure>'
+    f'<figure class="panel"><figcaption>{curve.title} <span><b>{values[last]:{curve.spec}}</b>'
+    f' at step {steps[last]:,}</span></figcaption>{svg}</figure>'
   )

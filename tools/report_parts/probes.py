@@ -1,7 +1,7 @@
 """Probes against each other: which may be compared, and what their intervals say."""
 
-from collections.abc import Sequence
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tools.report_parts.run import Run
@@ -13,7 +13,7 @@ def comparable(run: Run) -> list[list[dict[str, Any]]]:
   The model's own features come first in a group, then the best.
   """
   groups = {}
-  for name, record in run.evals.items():
+  for record in run.evals.values():
     if 'features' not in record:
       continue
     sources = json.dumps([record['options']['train'], record['options']['test']])
@@ -44,8 +44,8 @@ def verdict(group: Sequence[dict[str, Any]]) -> str:
   best = max(others, key=lambda other: other['interval95'][1])
   if low > best['interval95'][1]:
     return (
-        f'{name} is above every other probe: its interval starts at {low:.1%}, the highest of'
-        f' the others ({title(best)}) ends at {best["interval95"][1]:.1%}.'
+      f'{name} is above every other probe: its interval starts at {low:.1%}, the highest of'
+      f' the others ({title(best)}) ends at {best["interval95"][1]:.1%}.'
     )
   reasons = []
   for other in others:
@@ -54,6 +54,6 @@ def verdict(group: Sequence[dict[str, Any]]) -> str:
     elif other['interval95'][1] >= low:
       reasons.append(f'{title(other)} cannot be told apart ({other["value"]:.1%})')
   return (
-      f'{name} ({own["value"]:.1%}) is not above every other probe, going by the 95%'
-      f' intervals: {"; ".join(reasons)}.'
+    f'{name} ({own["value"]:.1%}) is not above every other probe, going by the 95%'
+    f' intervals: {"; ".join(reasons)}.'
   )

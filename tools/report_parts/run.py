@@ -33,8 +33,8 @@ class Run(NamedTuple):
     if not self.statement['private']:
       return 'NO PRIVACY: epsilon is infinite'
     bounds = ', '.join(
-        f'{"no finite bound" if value is None else f"{value:,.3f}"} by {name.upper()}'
-        for name, value in self.statement['epsilon'].items()
+      f'{"no finite bound" if value is None else f"{value:,.3f}"} by {name.upper()}'
+      for name, value in self.statement['epsilon'].items()
     )
     return f'epsilon {bounds}; delta {self.statement["delta"]:.3g}'
 
@@ -51,11 +51,11 @@ def read_run(workdir: pathlib.Path) -> Run:
   except UserError as e:
     raise UserError(f'{workdir / "config.json"}: {e}') from e
   return Run(
-      config=config,
-      statement=_read_json(workdir / 'privacy.json'),
-      metrics=_read_lines(workdir / metrics.METRICS),
-      diagnostics=_read_lines(workdir / metrics.DIAGNOSTICS),
-      evals={path.stem: _read_json(path) for path in sorted(workdir.glob('evals/*.json'))},
+    config=config,
+    statement=_read_json(workdir / 'privacy.json'),
+    metrics=_read_lines(workdir / metrics.METRICS),
+    diagnostics=_read_lines(workdir / metrics.DIAGNOSTICS),
+    evals={path.stem: _read_json(path) for path in sorted(workdir.glob('evals/*.json'))},
   )
 
 
@@ -64,7 +64,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text())
   except OSError as e:
     raise UserError(
-        f'{path}: cannot be read ({e.strerror}); give the workdir of a run with a checkpoint'
+      f'{path}: cannot be read ({e.strerror}); give the workdir of a run with a checkpoint'
     ) from e
   except ValueError as e:
     raise UserError(f'{path}: damaged, not JSON ({e})') from e

@@ -1,0 +1,60 @@
+"""Configs become parts; what does not belong together is refused under its key."""
+
+import math
+
+import pytest
+
+from configs import dpcap, dpcap_batch200k, dpcap_epsilon2, dpcap_less_data
+from dpcap.errors import UserError
+from dpcap.training import build
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+  'config, rdp, pld',
+  [
+    (dpcap.get_config(), 8.05, 7.34),
+    (dpcap_epsilon2.get_config(), 1.99, 1.78),
+    (dpcap_batch200k.get_config(), 7.98, 6.85),
+    (dpcap_less_data.get_config('10percent'), 7.35, 6.66),
+    (dpcap_less_data.get_config('1percent'), 6.63, 5.96),
+  ],
+)
+def test_the_paper_s_configs_give_its_ten_figures(config, rdp, pld):
+  plan = build.make_plan(config, config.data.dataset_size)
+  assert round(plan.epsilon(accountant='rdp'), 2) == rdp
+  assert round(plan.epsilon(accountant='pld'), 2) == pld
+  assert plan.delta == 1 / config.data.dataset_size
+
+
+def test_epsilon_is_met_from_below_and_delta_defaults_to_one_over_n():
+  config = tiny.get_config()
+  config.privacy.noise_multiplier, config.privacy.epsilon = None, 2.0
+  plan = build.make_plan(config, 400)
+  assert 1.99 < plan.epsilon() <= 2.0 and plan.delta == 1 / 400
+  config.privacy.epsilon = math.inf
+  assert not build.make_plan(config, 400).private
+
+
+@pytest.mark.parametrize(
+  'key, value, said',
+  [
+    ('sampler', 'shuffle', 'shuffle'),
+    ('expected_batch_size', 401, '401'),
+    ('clip_norm', math.inf, 'clip_norm is inf'),
+  ],
+)
+def test_pairs_that_do_not_belong_together_are_refused(key, value, said):
+  config = tiny.get_config()
+  config.privacy[key] = value
+  with pytest.raises(UserError, match=said):
+    build.make_plan(config, 400)
+
+
+def test_declared_and_true_size_must_agree():
+  config = tiny.get_config()
+  config.data.dataset_size = 400
+  assert len(build.make_training_source(config)) == 400
+  config.data.dataset_size = 401
+  with pytest.raises(UserError, match='data.dataset_size is 401.*400 records'):
+    build.make_training_source(config)
