@@ -1,7 +1,9 @@
 """Shared by all tests: compiled programs, and how to run one of our programs."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,9 +14,11 @@ import pytest
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # One cache of compiled programs for this process and those it starts.
-_CACHE = tempfile.mkdtemp(prefix='dpcap-tests-')
+if 'DPCAP_TESTS_CACHE' not in os.environ:
+  os.environ['DPCAP_TESTS_CACHE'] = tempfile.mkdtemp(prefix='dpcap-tests-')
+  atexit.register(shutil.rmtree, os.environ['DPCAP_TESTS_CACHE'], ignore_errors=True)
 _CACHE_SETTINGS = {
-  'jax_compilation_cache_dir': _CACHE,
+  'jax_compilation_cache_dir': os.environ['DPCAP_TESTS_CACHE'],
   'jax_persistent_cache_min_compile_time_secs': 0.2,
   'jax_persistent_cache_min_entry_size_bytes': 0,
 }

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator
 from typing import NamedTuple
@@ -201,6 +202,9 @@ def iterate(data, start: int, workers: int, buffer: int = 2) -> Generator:
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
   )
   if workers:
+    # Python's tracker of shared memory counts segments that Grain has already freed, and
+    # warns of them at exit; it is a process of its own, which takes this option along.
+    sys.warnoptions.append('ignore:resource_tracker:UserWarning')
     # Grain reads absl flags here, also in programs that have none.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()

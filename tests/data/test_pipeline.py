@@ -131,7 +131,9 @@ def test_workers_and_seeking_change_nothing():
 
 
 def _note_process(path, step):
-  pathlib.Path(path).write_text(str(os.getpid()))
+  part = pathlib.Path(f'{path}.part')
+  part.write_text(str(os.getpid()))
+  part.replace(path)
   return _draw(step)
 
 
