@@ -4,8 +4,8 @@ from dpcap import config as config_lib
 from dpcap import data
 
 
-def get_config():
-  """Runs as `make demo` does."""
+def get_config(label='count'):
+  """The argument is what the probes ask of an image: count, color, shape or color_shape."""
   config = config_lib.base_config()
 
   config.model.size = 'demo'
@@ -32,9 +32,8 @@ def get_config():
   config.mesh.physical_batch = 32
   config.mesh.batches_per_chunk = 8
 
-  # What is probed: how many objects there are. Pixels do not tell it to a linear probe.
-  train = config_lib.source_config('scenes', split='validation', size=10_000, label='count')
-  test = config_lib.source_config('scenes', split='test', size=5_000, label='count')
+  train = config_lib.source_config('scenes', split='validation', size=10_000, label=label)
+  test = config_lib.source_config('scenes', split='test', size=5_000, label=label)
   for name, features in (
     ('private_features', 'model'),
     ('untrained_encoder', 'untrained'),

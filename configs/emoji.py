@@ -1,7 +1,6 @@
 """DP-Cap on small images in tar shards with class labels: training and probing together.
 
-    python -m dpcap.train --config=configs/emoji.py --workdir=runs/emoji \\
-        --config.data.source.path=DIR/'train-*.tar'
+python -m dpcap.train --config=configs/emoji.py:DIR --workdir=runs/emoji
 """
 
 from dpcap import config as config_lib

@@ -1,7 +1,10 @@
 """How every dpcap program starts and how it fails: one clear line, exit status 2."""
 
+import logging as std_logging
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 
 import ml_collections
@@ -28,6 +31,8 @@ def run(main: Callable[[], None]) -> None:
       _fail(e)
 
   logging.set_verbosity(logging.WARNING)
+  logging.get_absl_handler().addFilter(_is_news)
+  threading.excepthook = _background_failure
   app.run(guarded_main, flags_parser=_parse)
 
 
@@ -59,6 +64,21 @@ def load_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
     section[key] = None
   config_lib.validate(config)
   return config
+
+
+def _is_news(record) -> bool:
+  """Whether a log line says more than the error that the main thread raises from it.
+
+  Orbax and asyncio log a page for every array that could not be written.
+  """
+  is_error = record.levelno >= std_logging.ERROR
+  return not (is_error and ('/orbax/' in record.pathname or '/asyncio/' in record.pathname))
+
+
+def _background_failure(failure) -> None:
+  """A disk that fails a background thread (TensorBoard's writer) fails the main thread too."""
+  if not issubclass(failure.exc_type, OSError):
+    threading.__excepthook__(failure)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -99,5 +119,6 @@ def _last_line(error: Exception) -> str:
 
 
 def _fail(reason) -> None:
-  print('error:', ' '.join(str(reason).split()), file=sys.stderr)
-  sys.exit(2)
+  print('error:', ' '.join(str(reason).split()), file=sys.stderr, flush=True)
+  # Not sys.exit: what libraries clean up at exit fails again for the same reason, aloud.
+  os._exit(2)

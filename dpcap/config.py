@@ -4,6 +4,7 @@ An experiment is a Python file whose `get_config` starts from `base_config()` an
 what is its own. `validate` refuses what does not fit before anything starts.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -41,6 +42,7 @@ class Key:
   fixed: bool = True
 
 
+_GIVEN = (bool, 'given')
 _POSITIVE = (lambda x: x > 0, 'above 0')
 _NOT_NEGATIVE = (lambda x: x >= 0, '0 or more')
 _FRACTION = (lambda x: 0 <= x < 1, 'from 0 to below 1')
@@ -135,7 +137,7 @@ SECTIONS = {
   'train': {
     'steps': Key(int, 1000, 'logical batches', check=_POSITIVE),
     'model_seed': Key(int, 0, 'of the initial parameters; public', check=_NOT_NEGATIVE),
-    'log_every': Key(int, 1, 'steps', check=_POSITIVE, fixed=False),
+    'log_every': Key(int, 10, 'steps', check=_POSITIVE, fixed=False),
     'checkpoint_every': Key(int, 100, 'steps', check=_POSITIVE, fixed=False),
     'keep_checkpoints': Key(int, 3, 'the latest ones', check=_POSITIVE, fixed=False),
     'diagnostics': Key(
@@ -147,7 +149,7 @@ SECTIONS = {
   },
 }
 
-# The keys of a source beside its name; None where the schema is the constructor's own.
+# The keys of a source beside its name.
 SOURCES = {
   'scenes': {
     'split': Key(str, 'train', 'which scenes', ('train', 'validation', 'test')),
@@ -155,7 +157,7 @@ SOURCES = {
     'label': Key(str, 'color', 'what the label tells', tuple(data.SCENE_LABELS)),
   },
   'tar_shards': {
-    'path': Key(str, '', 'folder, glob, brace range or URL of the tar shards'),
+    'path': Key(str, '', 'folder, glob, brace range or URL of the tar shards', check=_GIVEN),
     'caption_key': Key(str, 'txt', "extension of the caption, or 'json:FIELD'"),
     'label_key': Key(str, None, 'field of the json with the label', optional=True),
     'index_dir': Key(
@@ -167,7 +169,7 @@ SOURCES = {
     ),
   },
   'tfds': {
-    'dataset': Key(str, '', 'name[/config][:version], prepared as array_record'),
+    'dataset': Key(str, '', 'name[/config][:version], prepared as array_record', check=_GIVEN),
     'split': Key(str, 'train', 'split, in the TFDS slicing language'),
     'data_dir': Key(str, None, 'None: the TFDS default', optional=True),
     'image_key': Key(str, 'image', 'feature with the image'),
@@ -225,7 +227,7 @@ def _with_values(what, name, table, values):
   for key, value in values.items():
     if key not in config:
       raise UserError(_unknown_key(f'{what} {name}: {key}', key, config))
-    config[key] = value
+    config[key] = copy.deepcopy(value)  # sections that share one would change together
   config.name = name
   return config
 
@@ -339,7 +341,11 @@ def _check_value(value, key: Key, path):
   if key.check is not None:
     holds, description = key.check
     # A NaN fails every comparison, and so every check.
-    if not holds(value):
+    try:
+      held = holds(value)
+    except TypeError:
+      held = False
+    if not held:
       raise UserError(f'{path} is {value!r}; it must be {description}')
 
 

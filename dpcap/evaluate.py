@@ -11,6 +11,7 @@ import json
 import pathlib
 from typing import Any
 
+import ml_collections
 from absl import flags
 
 from dpcap import command_line, data, evals
@@ -40,8 +41,21 @@ def main() -> None:
     options = entry.to_dict()
     evaluator = evals.EVALUATORS[options.pop('name')]
     results[name] = evaluator(subject, **options)
-    write_result(workdir, name, results[name], options, checkpoint)
+    about = {
+      'options': options,
+      'uses_training_data': any(_same_records(option, config) for option in options.values()),
+    }
+    write_result(workdir, name, results[name], about, checkpoint)
   table.show(results)
+
+
+def _same_records(option: Any, config: ml_collections.ConfigDict) -> bool:
+  """Whether an evaluator's option is the source that the model was trained on."""
+  if not isinstance(option, dict):
+    return False
+  ignored = ('label', 'label_key', 'index_dir')
+  bare = lambda source: {k: v for k, v in source.items() if k not in ignored}
+  return bare(option) == bare(config.data.source.to_dict())
 
 
 def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
@@ -75,7 +89,9 @@ def make_subject(config, checkpoint: pathlib.Path) -> evals.Subject:
   fresh = init_state(
     model, optimizer, config.data.image_size, config.data.text_length, config.train.model_seed
   )
-  variables = Checkpoints(checkpoint.parent).restore_model(int(checkpoint.name), fresh)
+  checkpoints = Checkpoints(checkpoint.parent, read_only=True)
+  variables = checkpoints.restore_model(int(checkpoint.name), fresh)
+  checkpoints.close()
   transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer)
   return evals.Subject(
     model=model,
@@ -91,10 +107,10 @@ def write_result(
   workdir: pathlib.Path,
   name: str,
   result: evals.Result,
-  options: dict[str, Any],
+  about: dict[str, Any],
   checkpoint: pathlib.Path,
 ) -> None:
-  """Writes evals/NAME.json, with the options that the evaluator had.
+  """Writes evals/NAME.json, with what is to be known about the evaluation.
 
   Raises:
     UserError: if the workdir cannot be written.
@@ -106,7 +122,7 @@ def write_result(
     'value': result.value,
     'n': result.n,
     'checkpoint': str(checkpoint),
-    'options': options,
+    **about,
     **result.details,
   }
   try:

@@ -30,7 +30,10 @@ _EXPERIMENTS = [
 def test_every_experiment_fits_the_schema(experiment):
   name, _, argument = experiment.partition(':')
   module = importlib.import_module(f'configs.{name}')
-  config_lib.validate(module.get_config(*([argument] if argument else [])))
+  config = module.get_config(*([argument] if argument else []))
+  if name == 'tar_shards':
+    config.data.source.path = 'given'  # by whoever starts it
+  config_lib.validate(config)
 
 
 @pytest.mark.parametrize(

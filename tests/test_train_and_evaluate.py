@@ -73,7 +73,7 @@ def _run(program, tmp_path_factory):
 
 def test_bad_records_are_survived_counted_and_told(run):
   _, workdir, _, errors = run
-  assert 'N 60' in errors and 'epsilon 8.0' in errors or 'epsilon 7.99' in errors
+  assert 'N 60 ' in errors and ('epsilon 8.0' in errors or 'epsilon 7.99' in errors)
   assert 'drawn records cannot be used and contribute zero' in errors
   assert 'Traceback' not in errors
   lines = [

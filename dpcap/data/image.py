@@ -56,6 +56,8 @@ def decode(image: bytes | np.ndarray, size_hint: int | None = None) -> Image.Ima
     return _to_rgb(opened)
   except BadRecord:
     raise
+  except MemoryError:
+    raise
   except Exception as error:  # what Pillow raises on damaged files is no closed list
     raise BadRecord(f'image cannot be decoded: {type(error).__name__}: {error}') from error
 

@@ -7,6 +7,7 @@ order does not depend on the number of workers and a run resumes at any step by 
 """
 
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -97,7 +98,8 @@ class Transform:
     """
     size = self.image_size
     if self.crop_scale is not None:
-      least_crop = size / math.sqrt(self.crop_scale[0])
+      # The shortest side of the smallest crop, whose aspect may be 3 : 4.
+      least_crop = size / math.sqrt(self.crop_scale[0] * 0.75)
       array = image_ops.random_resized_crop(
         image_ops.decode(image, math.ceil(least_crop)), size, rng, self.crop_scale
       )
@@ -106,6 +108,12 @@ class Transform:
     else:
       array = image_ops.resize_center_crop(image_ops.decode(image), size)
     return image_ops.random_flip(array, rng) if self.flip else array
+
+
+@functools.lru_cache(maxsize=2)
+def _draw_once(draw: Callable[[int], np.ndarray], step: int) -> np.ndarray:
+  """The draw of a step, which all of its elements share."""
+  return draw(step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +137,9 @@ class LogicalBatches:
 
   source: Source
   transform: Transform
-  draw: Callable[[int], np.ndarray]
-  augmentation_rng: Callable[[int, int], np.random.Generator]
+  # Both hold the sampling key, which must not show where this is printed.
+  draw: Callable[[int], np.ndarray] = dataclasses.field(repr=False)
+  augmentation_rng: Callable[[int, int], np.random.Generator] = dataclasses.field(repr=False)
   steps: int
   expected_batch_size: int
   physical_batch: int
@@ -152,7 +161,7 @@ class LogicalBatches:
 
   def __getitem__(self, element: int) -> list[Chunk]:
     step, slot = divmod(int(element), self.slots)
-    indices = self.draw(step)
+    indices = _draw_once(self.draw, step)
     first = slot * self.chunk_size
     stop = first + self.chunk_size if slot < self.slots - 1 else len(indices)
     return [

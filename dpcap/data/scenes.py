@@ -107,6 +107,11 @@ class Scenes:
     """Names of the label's classes."""
     return LABELS[self.label][0]
 
+  @property
+  def fingerprint(self) -> str:
+    """The record of every index follows from these."""
+    return repr(self)
+
   def __len__(self) -> int:
     return self.size
 

@@ -37,9 +37,11 @@ class Source(Protocol):
 
   Attributes:
     class_names: the name of each label, empty where the source has no labels.
+    fingerprint: changes when the records do, as far as that can be told without reading them.
   """
 
   class_names: tuple[str, ...]
+  fingerprint: str
 
   def __len__(self) -> int:
     """The number of records, good and bad: the N of the privacy statement."""

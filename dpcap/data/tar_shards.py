@@ -63,6 +63,7 @@ class TarShards:
 
   Attributes:
     class_names: tuple of names, empty without `label_key`.
+    fingerprint: of names, sizes and times of all shards.
 
   Raises:
     UserError: no shard matches, a named shard is missing, no shard holds a sample, or the index
@@ -108,6 +109,8 @@ class TarShards:
         f' expected tar files with members KEY.{image_keys[0]} and KEY.{prefix}'
       )
     self._ends = list(itertools.accumulate(counts))
+    states = json.dumps([caption_key, *((s, i.state) for s, i in zip(shards, indexes))])
+    self.fingerprint = hashlib.sha256(states.encode()).hexdigest()
     if collect:
       order = lambda name: (0, int(name), '') if name.isdecimal() else (1, 0, name)
       class_names = sorted(names, key=order)
@@ -168,6 +171,7 @@ class _Index(NamedTuple):
   count: int
   labels: tuple[str, ...]
   problem: str  # '' or what the user is warned of
+  state: str  # size and time of the shard, and what was asked of it
 
 
 def _find_shards(path) -> list[str]:
@@ -241,7 +245,7 @@ def _index(shard: str, wanted: _Wanted, index_dir) -> _Index:
   for file in files:
     kept = _load_meta(file)
     if kept and kept['state'] == state:
-      return _Index(str(file), kept['count'], tuple(kept['labels']), kept['problem'])
+      return _Index(str(file), kept['count'], tuple(kept['labels']), kept['problem'], state)
 
   logging.info('indexing %s', shard)
   with fs.open(path, 'rb') as file:
@@ -251,7 +255,7 @@ def _index(shard: str, wanted: _Wanted, index_dir) -> _Index:
   for file in files:
     try:
       _save(file, table, meta)
-      return _Index(str(file), len(table), labels, problem)
+      return _Index(str(file), len(table), labels, problem, state)
     except OSError as error:
       reason = error
   raise UserError(

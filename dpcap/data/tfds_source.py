@@ -28,6 +28,7 @@ class TfdsSource:
 
   Attributes:
     class_names: the names of the label feature.
+    fingerprint: of data set, version, split and feature keys.
 
   Raises:
     UserError: the data set is not prepared, not as array_record or not completely; the split or
@@ -69,6 +70,8 @@ class TfdsSource:
     self._dataset = dataset
     # array_record's own source holds file names only until it reads, so it pickles small.
     self._records = _open(builder, dataset, split)
+    keys = (image_key, caption_key, label_key, caption_template)
+    self.fingerprint = repr((builder.info.full_name, split, len(self._records), *keys))
 
   def __len__(self) -> int:
     return len(self._records)

@@ -17,8 +17,8 @@ ACCOUNTANTS = {'pld': pld.PLDAccountant, 'rdp': rdp.RdpAccountant}
 # Noise past which more noise is not taken to help.
 _LARGEST_NOISE_MULTIPLIER = 1e6
 
-# The PLD accountant takes minutes for less noise than this; calibration stops there.
-_SMALLEST_NOISE_MULTIPLIER = 0.1
+# Calibration stops here: with less noise the PLD takes minutes, and RDP has nothing to say.
+_SMALLEST_NOISE_MULTIPLIER = {'pld': 0.1, 'rdp': 0.01}
 
 # Above this epsilon (by RDP) the PLD accountant takes minutes and says nothing more.
 _NO_GUARANTEE = 2000.0
@@ -101,6 +101,8 @@ def calibrate_noise_multiplier(
   low = high / 2
   while epsilon(make_event(low), delta, guide) <= target_epsilon:
     high, low = low, low / 2
+    if low < _SMALLEST_NOISE_MULTIPLIER[guide]:
+      return high
   if guide != accountant:
     high = _solve(make_event, target_epsilon, delta, guide, low, high)
     while epsilon(make_event(high), delta, accountant) > target_epsilon:
@@ -108,7 +110,7 @@ def calibrate_noise_multiplier(
     low = 0.8 * high
     while epsilon(make_event(low), delta, accountant) <= target_epsilon:
       high, low = low, 0.8 * low
-      if low < _SMALLEST_NOISE_MULTIPLIER:
+      if low < _SMALLEST_NOISE_MULTIPLIER[accountant]:
         return high
   return _solve(make_event, target_epsilon, delta, accountant, low, high)
 

@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 import secrets
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ class KeyStore:
     *,
     resume_step: int,
     environment: str,
+    plan: dict[str, Any] | None = None,
     seed: int | None = None,
   ):
     """Opens the store, or creates it for a new run.
@@ -80,15 +81,29 @@ class KeyStore:
       directory: created with mode 0700.
       resume_step: steps in the checkpoint that the run starts from; 0 for a new run.
       environment: describes all that decides the bits of a step besides the keys.
+      plan: what the accounting rests on (N, q, sigma, ...); one run keeps to one.
       seed: fixed keys for tests, None for entropy.
 
     Raises:
-      ValueError: if the run resumes but its keys are gone or damaged.
+      ValueError: if the run resumes but its keys are gone, damaged or older than its
+        checkpoint, or if it resumes with another plan or from another kind of keys.
     """
     self._directory = pathlib.Path(directory)
     self._path = self._directory / 'keys.json'
     if self._path.exists():
       self._load()
+      unused = not (self._started or self.lost_releases or resume_step)
+      if unused and (self._plan, self._seeded) != (plan, seed is not None):
+        self._plan = plan
+        self._start_era(0, environment, seed)
+        return
+      if self._plan != plan:
+        raise ValueError(f'{self._path}: {_difference(self._plan, plan)}; start in a new workdir')
+      if resume_step > self._started:
+        raise ValueError(
+          f'{self._path}: knows of {self._started} steps, but the run has a checkpoint at step'
+          f' {resume_step}; it is an old copy, bring back the one that belongs to the checkpoint'
+        )
       if (seed is not None) != self._seeded:
         raise ValueError(
           f'{self._path}: its keys came from {"a seed" if self._seeded else "entropy"} and seed is'
@@ -104,9 +119,22 @@ class KeyStore:
       )
     else:
       self.lost_releases = 0
+      self._plan = plan
       self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
       self._directory.chmod(0o700)
       self._start_era(0, environment, seed)
+
+  @staticmethod
+  def is_used(directory: str | os.PathLike) -> bool:
+    """Whether a store is there under whose keys a step was ever started."""
+    path = pathlib.Path(directory) / 'keys.json'
+    try:
+      state = json.loads(path.read_text())
+      return bool(state['started'] or state['lost_releases'])
+    except FileNotFoundError:
+      return False
+    except (ValueError, KeyError, TypeError):
+      return True  # damaged: opening it says so
 
   def begin(self, step: int) -> None:
     """Notes on disk, before its noise is drawn, that `step` is being computed."""
@@ -134,6 +162,7 @@ class KeyStore:
       'noise': self.keys.noise,
       'sampling': self.keys.sampling,
       'environment': self._environment,
+      'plan': self._plan,
       'seeded': self._seeded,
       'era_start': self._era_start,
       'started': started,
@@ -146,15 +175,30 @@ class KeyStore:
       f.flush()
       os.fsync(f.fileno())
     os.replace(temporary, self._path)
+    # The new name is on disk only when the directory is.
+    directory = os.open(self._directory, os.O_RDONLY)
+    try:
+      os.fsync(directory)
+    finally:
+      os.close(directory)
 
   def _load(self):
     try:
       state = json.loads(self._path.read_text())
       self.keys = Keys(tuple(state['noise']), tuple(state['sampling']))
-      self._environment = state['environment']
-      self._seeded = state['seeded']
-      self._era_start = state['era_start']
-      self._started = state['started']
-      self.lost_releases = state['lost_releases']
+      self._environment = str(state['environment'])
+      self._plan = state['plan']
+      self._seeded = bool(state['seeded'])
+      self._era_start = int(state['era_start'])
+      self._started = int(state['started'])
+      self.lost_releases = int(state['lost_releases'])
     except (ValueError, KeyError, TypeError) as e:
       raise ValueError(f'{self._path}: damaged, cannot read the keys of this run ({e!r})') from e
+
+
+def _difference(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:
+  old, new = old or {}, new or {}
+  for key in sorted(old.keys() | new.keys()):
+    if old.get(key) != new.get(key):
+      return f'this run has {key} = {old.get(key)}, and now it is {new.get(key)}'
+  return 'this run has another plan'

@@ -5,7 +5,7 @@ import math
 
 import dp_accounting
 
-from dpcap.privacy import accounting, mechanisms, sampling
+from dpcap.privacy import accounting, clipping, mechanisms, sampling
 
 
 def _poisson_gaussian(q: float, noise_multiplier: float, releases: int):
@@ -27,6 +27,10 @@ _EVENTS = {
   ('poisson', 'none'): _no_guarantee,
   ('shuffle', 'none'): _no_guarantee,
 }
+
+
+# Less noise is no privacy, and accountants overflow.
+_SMALLEST_NOISE_MULTIPLIER = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +70,14 @@ class PrivacyPlan:
         f'accountant is {self.accountant!r}; allowed: {", ".join(accounting.ACCOUNTANTS)}'
       )
     if self.private:
-      if not 0 < self.noise_multiplier < math.inf:
-        raise ValueError(
-          f'noise_multiplier is {self.noise_multiplier}; it must be positive and finite'
-        )
-      if not 0 < self.clip_norm < math.inf:
-        raise ValueError(f'clip_norm is {self.clip_norm}; it must be positive and finite')
+      for name, least in (
+        ('noise_multiplier', _SMALLEST_NOISE_MULTIPLIER),
+        ('clip_norm', clipping.SMALLEST_CLIP_NORM),
+      ):
+        if not least <= getattr(self, name) < math.inf:
+          raise ValueError(
+            f'{name} is {getattr(self, name)}; it must be finite and at least {least}'
+          )
     elif self.noise_multiplier != 0:
       raise ValueError(
         f"noise_multiplier is {self.noise_multiplier}; with mechanism 'none' it must be 0"

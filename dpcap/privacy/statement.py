@@ -46,8 +46,11 @@ def make_statement(
   """
   if releases < steps:
     raise ValueError(f'releases is {releases}; it must be at least the steps, {steps}')
+  bounds = {
+    name: accounting.finite_or_none(plan.epsilon(releases, name)) for name in accounting.ACCOUNTANTS
+  }
   statement = {
-    'private': plan.private and not fixed_seed,
+    'private': plan.private and not fixed_seed and bounds[plan.accountant] is not None,
     'unit': _UNIT,
     'adjacency': _ADJACENCY,
     'mechanism': _MECHANISMS[plan.mechanism],
@@ -63,16 +66,15 @@ def make_statement(
     'releases': releases,
     'delta': plan.delta,
     'accountant': plan.accountant,
-    'epsilon': {
-      name: accounting.finite_or_none(plan.epsilon(releases, name))
-      for name in accounting.ACCOUNTANTS
-    },
+    'epsilon': bounds,
     'key_policy': _SEED if fixed_seed else _ENTROPY,
     'not_covered': [
       'diagnostics: files named *.private.* in the workdir, and what the screen showed',
       'hyper-parameters, if they were tuned on the private data',
       f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
       'the float32 resolution of sums and noise: rounding, and no noise past 5.4 deviations',
+      'evaluations that read the training data (marked uses_training_data in evals/)',
+      'evaluations that read the training data (marked uses_training_data in evals/)',
       'other runs on the same data: guarantees of several runs add up',
     ],
   }
@@ -84,7 +86,12 @@ def statement_text(statement: dict) -> str:
   """The statement in sentences."""
   s = statement
   if not s['private']:
-    reason = s['key_policy'] if s['noise_multiplier'] else 'no noise was added'
+    if not s['noise_multiplier']:
+      reason = 'no noise was added'
+    elif s['key_policy'] == _SEED:
+      reason = _SEED
+    else:
+      reason = f'noise multiplier {s["noise_multiplier"]:g} has no finite bound worth the name'
     return f'This model has NO privacy guarantee: {reason}.'
   bounds = ', '.join(
     f'{value:.3f} by {name.upper()}' for name, value in s['epsilon'].items() if value is not None

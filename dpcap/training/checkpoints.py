@@ -7,6 +7,7 @@ temporary name and renames at the end: one that was cut off is never picked up.
 
 import os
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,11 +23,18 @@ class Checkpoints:
     UserError: if the directory cannot be used.
   """
 
-  def __init__(self, directory: str | os.PathLike, keep: int | None = None):
-    """Opens, and creates where needed, `directory`; keeps the latest `keep` checkpoints."""
+  def __init__(
+    self, directory: str | os.PathLike, keep: int | None = None, read_only: bool = False
+  ):
+    """Opens, and creates where needed, `directory`; keeps the latest `keep` checkpoints.
+
+    With `read_only` nothing is created or cleaned up: a run may be writing there.
+    """
     self._directory = pathlib.Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, cleanup_tmp_directories=True
+      max_to_keep=keep,
+      create=not read_only,
+      cleanup_tmp_directories=not read_only,
     )
     try:
       self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -47,6 +55,14 @@ class Checkpoints:
     Raises:
       UserError: if this or the previous write fails, for example on a full disk.
     """
+    # Arrays, and some room for what describes them.
+    needed = 1.1 * sum(x.nbytes for x in jax.tree.leaves(state)) + 2**20
+    free = shutil.disk_usage(self._directory).free
+    if free < needed:
+      raise UserError(
+        f'{self._directory}: the disk is full: a checkpoint takes up to {needed / 2**20:,.1f} MiB,'
+        f' {free / 2**20:,.1f} MiB are free; make room, then the same command goes on'
+      )
     items = ocp.args.Composite(
       model=ocp.args.StandardSave({'params': state.params, 'frozen': state.frozen}),
       training=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
@@ -98,8 +114,7 @@ class Checkpoints:
       return self._manager.restore(step, args=items)
     except (ValueError, KeyError, OSError) as e:
       raise UserError(
-        f'{self.path(step)}: cannot be restored as the model of this config'
-        f' ({str(e).splitlines()[0][:300]})'
+        f'{self.path(step)}: cannot be restored as the model of this config ({_first_line(e)})'
       ) from e
 
   def _guarded(self, write):
@@ -108,5 +123,9 @@ class Checkpoints:
     # Orbax and TensorStore report a full disk as one or the other.
     except (OSError, ValueError, RuntimeError) as e:
       raise UserError(
-        f'{self._directory}: a checkpoint cannot be written ({str(e).splitlines()[0][:300]})'
+        f'{self._directory}: a checkpoint cannot be written ({_first_line(e)})'
       ) from e
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).partition('\n')[0][:300] or type(error).__name__

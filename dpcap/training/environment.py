@@ -1,17 +1,29 @@
 """What decides the bits of a step besides config and keys: must be equal for exact replay."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import secrets
 
 import jax
 import ml_collections
 
+import dpcap
+from dpcap import data
 
-def describe_environment(config: ml_collections.ConfigDict) -> str:
-  """Devices, libraries and batching, as JSON. Runs with equal ones replay bit for bit."""
+# Environment variables that change what JAX, XLA or the GPU compute.
+_SETTINGS = ('JAX_', 'XLA_', 'NVIDIA_TF32', 'LIBTPU')
+
+
+def describe_environment(config: ml_collections.ConfigDict, source: data.Source) -> str:
+  """Devices, settings, code, data and batching, as JSON: where equal, steps replay bit for bit.
+
+  Off the CPU, where sums are not taken in a fixed order unless XLA is told so, no two
+  descriptions are equal.
+  """
   devices = jax.devices()
   return json.dumps(
     {
@@ -19,7 +31,16 @@ def describe_environment(config: ml_collections.ConfigDict) -> str:
       'processes': jax.process_count(),
       # Matrix products are split by thread, and by what the processor can do.
       'cpu': [platform.machine(), _cpu_model(), len(os.sched_getaffinity(0))],
-      'flags': os.environ.get('XLA_FLAGS', ''),
+      'settings': {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_SETTINGS) and 'CACHE' not in name
+      },
+      'partitionable': bool(jax.config.jax_threefry_partitionable),
+      'code': _code_hash(),
+      'source': source.fingerprint,
+      'vocabulary': _file_hash(config.data.vocabulary),
+      'nonce': None if devices[0].platform == 'cpu' else secrets.token_hex(8),
       'versions': {
         name: importlib.metadata.version(name)
         for name in ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'pillow', 'tokenizers')
@@ -28,6 +49,19 @@ def describe_environment(config: ml_collections.ConfigDict) -> str:
     },
     sort_keys=True,
   )
+
+
+def _code_hash() -> str:
+  """Of this package: an edit between a crash and the restart may change what is summed."""
+  package = pathlib.Path(dpcap.__file__).parent
+  digest = hashlib.sha256()
+  for path in sorted(package.rglob('*.py')):
+    digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+  return digest.hexdigest()
+
+
+def _file_hash(path: str | None) -> str | None:
+  return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else None
 
 
 def _cpu_model() -> str:

@@ -1,6 +1,8 @@
 """The training loop: draw, accumulate, release, save; stop and resume at any moment."""
 
 import contextlib
+import dataclasses
+import fcntl
 import functools
 import json
 import pathlib
@@ -10,7 +12,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import logging
 
 from dpcap import config as config_lib
 from dpcap import data, privacy
@@ -19,6 +20,7 @@ from dpcap.privacy.sampling import augmentation_generator
 from dpcap.training import build, metrics
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.environment import describe_environment
+from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.progress import Progress
 from dpcap.training.step import TrainState, init_state, make_step, zero_accumulator
@@ -45,16 +47,21 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
   Raises:
     UserError: if the config, the data or the workdir is refused.
   """
+  workdir = workdir.absolute()
+  if not workdir.name:
+    raise UserError(f'--workdir is {workdir}; it must be a directory below another')
+  source = build.make_training_source(config)
+  plan = build.make_plan(config, len(source))
+  _say_plan(plan)
   try:
-    run = _Run(config, workdir.absolute())
-    with run, _stop_requests() as stop:
+    with _stop_requests() as stop, _lock(workdir), _Run(config, workdir, source, plan) as run:
       while run.done < config.train.steps:
         if not run.one_step(stop):
-          run.save()
+          run.save(wait=True)
           run.say(f'stopped after {run.done} steps, saved; the same command goes on')
           return None
-      run.save()
-      run.say(privacy.statement_text(run.statement()))
+      run.save(wait=True)
+      run.say_end()
       return run.state
   except OSError as e:
     raise UserError(f'{e.filename or workdir}: cannot be used ({e.strerror or e})') from e
@@ -63,13 +70,16 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
 class _Run:
   """All parts of a run in one place, and what happens to them step by step."""
 
-  def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
-    self._config, self._workdir = config, workdir
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    source: data.Source,
+    plan: privacy.PrivacyPlan,
+  ):
+    self._config, self._workdir, self._plan = config, workdir, plan
     self._tokenizer = build.make_tokenizer(config)
-    source = build.make_training_source(config)
-    self._plan = build.make_plan(config, len(source))
-    self._say_plan()
-    _claim_workdir(config, workdir)
+    _check_workdir(config, workdir)
     self._checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep_checkpoints)
 
     model = build.make_model(config, self._tokenizer.vocab_size)
@@ -87,17 +97,20 @@ class _Run:
     self.done = self._checkpoints.latest_step() or 0
     if self.done:
       self.state = self._checkpoints.restore(self.done, self.state)
-    self._saved = self.done
+    self._saved, self._unpublished = self.done, None
 
     try:
       self._store = privacy.KeyStore(
         secrets_directory(workdir),
         resume_step=self.done,
-        environment=describe_environment(config),
+        environment=describe_environment(config, source),
+        plan=dataclasses.asdict(plan),
         seed=config.privacy.seed,
       )
     except ValueError as e:
       raise UserError(str(e)) from e
+    # After the keys: a config without keys is a run that lost them.
+    write_whole(workdir / 'config.json', config_lib.to_json(config) + '\n')
     keys = self._store.keys
     self._noise_key = keys.noise_key()
     self._noise_state = self._plan.make_mechanism().init(
@@ -122,34 +135,40 @@ class _Run:
 
   def __enter__(self):
     config, start = self._config, self.done
-    self._elements = data.iterate(self._batches, start * self._batches.slots, config.data.workers)
-    self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, start)
-    self._diagnostics = None
-    if config.train.diagnostics:
-      self._diagnostics = metrics.MetricWriter(
-        self._workdir, metrics.DIAGNOSTICS, start, suffix='.private'
+    with contextlib.ExitStack() as stack:
+      stack.push(self._close_checkpoints)
+      self._elements = data.iterate(self._batches, start * self._batches.slots, config.data.workers)
+      stack.callback(self._elements.close)
+      self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, start)
+      stack.callback(self._metrics.close)
+      self._diagnostics = None
+      if config.train.diagnostics:
+        self._diagnostics = metrics.MetricWriter(
+          self._workdir, metrics.DIAGNOSTICS, start, suffix='.private'
+        )
+        stack.callback(self._diagnostics.close)
+      self._progress = stack.enter_context(
+        Progress(config.train.steps, start, self._plan.expected_batch_size, self._plan.private)
       )
-    self._progress = Progress(
-      config.train.steps, start, self._plan.expected_batch_size, self._plan.private
-    ).__enter__()
-    self._warned = set()
+      self._stack = stack.pop_all()
+    self._warned, self._bad_records = set(), 0
     if start:
       self.say(f'resuming after step {start}')
-      if self._store.lost_releases:
-        self.say(
-          f'{self._store.lost_releases} noisy gradients were computed in another environment'
-          ' and can not be replayed: fresh keys, and they count as released'
-        )
+    if self._store.lost_releases:
+      self.say(
+        f'warning: {self._store.lost_releases} noisy gradients were computed in another environment'
+        ' and cannot be replayed: they count as released, fresh keys are in force; the whole run'
+        f' will spend epsilon {self._plan.epsilon(self._store.releases(self._plan.steps)):.3f}'
+        f' instead of {self._plan.epsilon():.3f}'
+      )
     return self
 
   def __exit__(self, *failure):
-    self._progress.__exit__(*failure)
-    self._metrics.close()
-    if self._diagnostics:
-      self._diagnostics.close()
-    self._elements.close()
+    return self._stack.__exit__(*failure)
+
+  def _close_checkpoints(self, kind, *_):
     # A failure keeps its own message, and what is being written is still finished.
-    with contextlib.suppress(*([UserError] if failure[0] else [])):
+    with contextlib.suppress(*([UserError] if kind else [])):
       self._checkpoints.close()
 
   def say(self, line: str) -> None:
@@ -180,19 +199,34 @@ class _Run:
       self.state, accumulator, self._noise_key, self._noise_state
     )
     self.done += 1
-    self._report({k: float(v) for k, v in diagnostics.items()} | {'bad_records': bad})
+    self._report(
+      {k: float(v) for k, v in diagnostics.items()}
+      | {'bad_records': bad, 'bad_records_so_far': self._bad_records}
+    )
     if self.done % self._config.train.checkpoint_every == 0:
       self.save()
     return True
 
-  def save(self) -> None:
-    """Writes a checkpoint of the current state with its statement, unless it is there."""
-    if self._saved == self.done:
-      return
-    statement = self.statement()
-    self._checkpoints.save(self.state, statement)
-    self._saved = self.done
-    _write_whole(self._workdir / 'privacy.json', json.dumps(statement, indent=2) + '\n')
+  def save(self, wait: bool = False) -> None:
+    """Starts to write a checkpoint of the current state, unless there is one.
+
+    The statement becomes the workdir's privacy.json once its checkpoint is whole: at the
+    next save, or now if `wait`.
+    """
+    if self._saved != self.done:
+      statement = self.statement()
+      self._checkpoints.save(self.state, statement)  # waits for the one before
+      self._publish()
+      self._saved, self._unpublished = self.done, statement
+    if wait:
+      self._checkpoints.wait()
+      self._publish()
+
+  def _publish(self) -> None:
+    if self._unpublished:
+      text = json.dumps(self._unpublished, indent=2) + '\n'
+      write_whole(self._workdir / 'privacy.json', text)
+      self._unpublished = None
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state."""
@@ -228,8 +262,15 @@ class _Run:
         self._diagnostics.write(self.done, diagnostics)
     self._progress.after_step(self.done, diagnostics['loss'], epsilon)
 
+  def say_end(self) -> None:
+    """Tells what the run reveals, and what was wrong with its data."""
+    if self._bad_records:
+      self.say(f'{self._bad_records:,} drawn records could not be used and contributed zero')
+    self.say(privacy.statement_text(self.statement()))
+
   def _note_bad(self, chunk) -> int:
     if chunk.bad:
+      self._bad_records += chunk.bad
       self._warn_once(
         'bad',
         f'step {self.done + 1}: {chunk.bad} drawn records cannot be used and contribute zero'
@@ -242,57 +283,68 @@ class _Run:
       self._warned.add(kind)
       self.say(f'warning: {line}')
 
-  def _say_plan(self):
-    plan = self._plan
-    if plan.private:
-      guarantee = (
-        f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
-        f' noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}'
-      )
-    else:
-      guarantee = 'epsilon infinity: NO privacy'
-    logging.info('%s', guarantee)
-    print(
-      f'N {plan.dataset_size:,}  batch {plan.expected_batch_size:,}  q'
-      f' {plan.sampling_probability:.3g}  steps {plan.steps:,}'
-      f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}',
-      file=sys.stderr,
+
+def _say_plan(plan: privacy.PrivacyPlan) -> None:
+  if plan.private:
+    guarantee = (
+      f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
+      f' noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}'
     )
+  else:
+    guarantee = 'epsilon infinity: NO privacy'
+  print(
+    f'N {plan.dataset_size:,}  batch {plan.expected_batch_size:,}  q'
+    f' {plan.sampling_probability:.3g}  steps {plan.steps:,}'
+    f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}',
+    file=sys.stderr,
+  )
 
 
-def _claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes config.json, or checks that the one there is this run's.
+def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Refuses a workdir of another run, and keys and workdir that lost each other.
 
   Raises:
-    UserError: if the workdir holds another run, or its secrets outlived it.
+    UserError: naming the key that differs, or what to do.
   """
-  path, new = workdir / 'config.json', config_lib.to_json(config)
-  if path.exists():
-    try:
-      old_fixed = config_lib.fixed_part(path.read_text())
-    except (ValueError, KeyError) as e:
-      raise UserError(f'{path}: damaged, not the config of a run ({e!r})') from e
-    new_fixed = config_lib.fixed_part(new)
-    for key in sorted(new_fixed.keys() | old_fixed.keys()):
-      if old_fixed.get(key) != new_fixed.get(key):
-        raise UserError(
-          f'{workdir}: holds a run with {key} = {old_fixed.get(key)!r}, this config has'
-          f' {new_fixed.get(key)!r}; resume with the same config, or take another workdir'
-        )
-  elif secrets_directory(workdir).exists():
+  path, store = workdir / 'config.json', secrets_directory(workdir)
+  if not path.exists():
+    if privacy.KeyStore.is_used(store):
+      raise UserError(
+        f'{store}: holds the keys of a run whose workdir is gone; remove it to start a new run'
+        ' (what was released under those keys stays released)'
+      )
+    return
+  if not (store / 'keys.json').exists():
     raise UserError(
-      f'{secrets_directory(workdir)}: holds the keys of a run whose workdir is gone; remove it'
-      ' to start a new run (what was released under those keys stays released)'
+      f'{store / "keys.json"}: not found, but {workdir} holds a run; without its keys it cannot go'
+      ' on (bring the directory back, or start in a new workdir)'
     )
-  workdir.mkdir(parents=True, exist_ok=True)
-  _write_whole(path, new + '\n')
+  if not privacy.KeyStore.is_used(store):
+    return  # it never came to its first step
+  try:
+    old = config_lib.fixed_part(path.read_text())
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(f'{path}: damaged, not the config of a run ({e!r})') from e
+  new = config_lib.fixed_part(config_lib.to_json(config))
+  for key in sorted(new.keys() | old.keys()):
+    if old.get(key) != new.get(key):
+      raise UserError(
+        f'{workdir}: holds a run with {key} = {old.get(key)!r}, this config has'
+        f' {new.get(key)!r}; resume with the same config, or take another workdir'
+      )
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that it is never seen half written."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(text)
-  temporary.replace(path)
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path):
+  """Keeps a second process from the run: two would write one ledger."""
+  directory = secrets_directory(workdir)
+  directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+  with (directory / 'lock').open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f'{workdir}: another process is training this run') from None
+    yield
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ class MetricWriter:
     path = workdir / name
     if path.exists():
       kept = [line for line in read_jsonl(path) if line['step'] <= resume_step]
-      path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+      write_whole(path, ''.join(json.dumps(line) + '\n' for line in kept))
     self._file = path.open('a')
     self._events = SummaryWriter(
       str(workdir / 'tensorboard'), filename_suffix=suffix, purge_step=resume_step + 1
@@ -44,11 +44,20 @@ class MetricWriter:
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
-  """The lines of a JSON-lines file; a last line that a crash cut off is left out."""
+  """The lines of a JSON-lines file, up to one that a crash cut off or damaged."""
   lines = []
-  for text in path.read_text().splitlines():
+  for text in path.read_text(errors='replace').splitlines():
     try:
-      lines.append(json.loads(text))
-    except json.JSONDecodeError:
+      line = json.loads(text)
+      int(line['step'])
+    except (ValueError, KeyError, TypeError):
       break
+    lines.append(line)
   return lines
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that it is never seen half written."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(text)
+  temporary.replace(path)

@@ -82,11 +82,10 @@ def init_state(
   """Initial parameters, from a public seed and no data."""
   image = jnp.zeros((image_size, image_size, 3), jnp.float32)
   tokens = jnp.ones((text_length,), jnp.int32)
-  params_key, frozen_key = jax.random.split(jax.random.key(seed))
 
   @jax.jit
   def init():
-    variables = model.init({'params': params_key, 'frozen': frozen_key}, image, tokens)
+    variables = model.init(jax.random.key(seed), image, tokens)
     params, frozen = variables['params'], variables.get('frozen', {})
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
 
@@ -174,7 +173,10 @@ def make_step(
 def _diagnostics(accumulator: Accumulator, private: bool) -> dict[str, jax.Array]:
   usable = jnp.maximum(accumulator.examples - accumulator.unusable, 1)
   diagnostics = {
-    'loss': accumulator.loss / usable,
+    # Where no example was usable there is no loss to tell.
+    'loss': jnp.where(
+      accumulator.examples > accumulator.unusable, accumulator.loss / usable, jnp.nan
+    ),
     'examples': accumulator.examples,
     'unusable_gradients': accumulator.unusable,
   }

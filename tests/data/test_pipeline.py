@@ -1,5 +1,7 @@
 """Every drawn index arrives exactly once, in order, whatever the workers and the cutting."""
 
+import dataclasses
+import functools
 import os
 import pathlib
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from dpcap.data import pipeline
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
+from dpcap.privacy.sampling import PoissonSampler, augmentation_generator
 
 _N = 500
 
@@ -174,6 +177,13 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
   while _runs(worker) and time.monotonic() < deadline:
     time.sleep(0.05)
   assert not _runs(worker)
+
+
+def test_the_sampling_key_does_not_show():
+  sampler = PoissonSampler(_N, 60, (1234567890123, 9876543210987))
+  rng = functools.partial(augmentation_generator, sampler.key)
+  batches = dataclasses.replace(_batches(), draw=sampler.draw, augmentation_rng=rng)
+  assert '1234567890123' not in repr(batches) and '9876543210987' not in repr(batches)
 
 
 def test_evaluation_batches_hold_all_images_in_order():

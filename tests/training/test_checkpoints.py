@@ -1,5 +1,7 @@
 """Checkpoints come back as they were, whole or not at all."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,19 @@ def test_unfinished_checkpoint_is_never_picked_up(tmp_path):
   again.close()
 
 
+def test_reading_leaves_alone_what_a_run_is_writing(tmp_path):
+  writer = Checkpoints(tmp_path)
+  writer.save(_state(2), {})
+  writer.close()
+  writing = tmp_path / '9.orbax-checkpoint-tmp'
+  writing.mkdir()
+  reader = Checkpoints(tmp_path, read_only=True)
+  assert reader.latest_step() == 2
+  reader.restore_model(2, _state(0))
+  reader.close()
+  assert writing.exists()
+
+
 def test_checkpoint_of_another_model_is_refused_in_one_line(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(_state(1), {})
@@ -57,6 +72,16 @@ def test_checkpoint_of_another_model_is_refused_in_one_line(tmp_path):
   assert '\n' not in str(e.value)
   with pytest.raises(UserError):
     checkpoints.restore_model(1, _state(0)._replace(params={'other': jnp.zeros(3)}))
+  checkpoints.close()
+
+
+def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+  checkpoints = Checkpoints(tmp_path)
+  usage = shutil.disk_usage(tmp_path)._replace(free=10)
+  monkeypatch.setattr('shutil.disk_usage', lambda _: usage)
+  with pytest.raises(UserError, match=f'{tmp_path}: the disk is full'):
+    checkpoints.save(_state(1), {})
+  assert not list(tmp_path.iterdir())
   checkpoints.close()
 
 

@@ -1,9 +1,11 @@
 """Runs that are stopped, killed, broken or resumed elsewhere, and what they leave behind."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import stat
 import time
@@ -136,7 +138,7 @@ def test_sigterm_saves_first_and_resumes_to_the_same_bits(program, tmp_path, ref
   jax.tree.map(np.testing.assert_array_equal, _final(config, workdir), reference[0])
 
 
-def test_dead_worker_is_told_in_one_line_and_the_run_goes_on(program, tmp_path, reference):
+def test_dead_worker_is_told_in_one_line(program, tmp_path):
   workdir = tmp_path / 'run'
   process = _start(program, workdir, '--config.data.workers=1', '--config.train.steps=400')
   _wait_for_step(process, workdir, 3)
@@ -253,6 +255,86 @@ def test_crash_before_the_first_checkpoint_replays_from_the_start(tmp_path, monk
   assert json.loads((workdir / 'privacy.json').read_text())['releases'] == tiny.STEPS
 
 
+@pytest.mark.parametrize('where', ['begin', 'update', 'report', 'checkpoint'])
+def test_crash_anywhere_in_a_step_resumes_to_the_same_bits(tmp_path, monkeypatch, reference, where):
+  """Before the ledger, between ledger and release, after the release, and while saving."""
+  workdir, config = tmp_path / 'run', _config(train__steps=_LONG)
+
+  def crash(*_, **__):
+    raise _Crash
+
+  with monkeypatch.context() as patch, pytest.raises(_Crash):
+    real = loop._Run.one_step
+
+    def one_step(run, stop):
+      if run.done == 5:
+        if where == 'begin':
+          run._store.begin = crash
+        elif where == 'update':
+          run._step = dataclasses.replace(run._step, update=crash)
+        elif where == 'report':
+          run._report = crash
+        else:
+          run._checkpoints.save = crash
+      return real(run, stop)
+
+    patch.setattr(loop._Run, 'one_step', one_step)
+    loop.train(config, workdir)
+  loop.train(config, workdir)
+  jax.tree.map(np.testing.assert_array_equal, _final(config, workdir), reference[0])
+  assert json.loads((workdir / 'privacy.json').read_text())['releases'] == _LONG
+
+
+def test_other_data_or_plan_is_never_replayed_under_the_same_noise(tmp_path, monkeypatch):
+  """N is the source's own: it grew between the crash and the restart."""
+  workdir = tmp_path / 'run'
+  config = _config(privacy__seed=None)
+  with monkeypatch.context() as patch, pytest.raises(_Crash):
+    _crash_after(patch, 4)
+    loop.train(config, workdir)
+  with monkeypatch.context() as patch:
+    make = build.make_training_source
+    larger = lambda config: dataclasses.replace(make(config), size=401)
+    patch.setattr(build, 'make_training_source', larger)
+    _refused(config, workdir, 'dataset_size = 400', '401')
+  # Same N, other records: their gradients differ, so they get other noise and count anew.
+  make = build.make_training_source
+  other = lambda config: dataclasses.replace(make(config), split='validation')
+  monkeypatch.setattr(build, 'make_training_source', other)
+  loop.train(config, workdir)
+  assert json.loads((workdir / 'privacy.json').read_text())['releases'] == tiny.STEPS + 2
+
+
+def test_keys_lost_before_the_first_checkpoint_are_missed(tmp_path, monkeypatch):
+  workdir, config = tmp_path / 'run', _config(train__checkpoint_every=5)
+  with monkeypatch.context() as patch, pytest.raises(_Crash):
+    _crash_after(patch, 5)
+    loop.train(config, workdir)
+  shutil.rmtree(loop.secrets_directory(workdir))
+  _refused(config, workdir, 'keys.json', 'not found')
+
+
+def test_a_run_that_never_began_does_not_claim_the_workdir(tmp_path, monkeypatch):
+  workdir = tmp_path / 'run'
+  with monkeypatch.context() as patch, pytest.raises(_Crash):
+
+    def crash(*_):
+      raise _Crash
+
+    patch.setattr(loop._Run, 'one_step', crash)
+    loop.train(_config(), workdir)
+  loop.train(_config(privacy__clip_norm=2.0), workdir)
+  assert json.loads((workdir / 'privacy.json').read_text())['clip_norm'] == 2.0
+
+
+def test_two_processes_never_share_a_run(program, tmp_path):
+  workdir = tmp_path / 'run'
+  process = _start(program, workdir, '--config.train.steps=400')
+  _wait_for_step(process, workdir, 1)
+  _refused(_config(train__steps=400), workdir, 'another process')
+  process.kill()
+
+
 def test_a_finished_run_is_left_alone(reference):
   before = sorted(p.stat().st_mtime_ns for p in reference[1].glob('checkpoints/*/*'))
   loop.train(_config(train__steps=_LONG), reference[1])
@@ -300,8 +382,14 @@ def test_bad_runs_are_refused_in_one_line(tmp_path, reference):
   _refused(_config(data__dataset_size=399), tmp_path / 'x', 'data.dataset_size', 399, 400)
   (tmp_path / 'file').write_text('')
   _refused(_config(), tmp_path / 'file/run', tmp_path / 'file')
-  os.makedirs(loop.secrets_directory(tmp_path / 'gone'))
-  _refused(_config(), tmp_path / 'gone', 'gone.secrets', 'remove it')
+  loop.train(_config(train__steps=2), tmp_path / 'gone')
+  shutil.rmtree(tmp_path / 'gone')
+  _refused(_config(train__steps=2), tmp_path / 'gone', 'gone.secrets', 'remove it')
+  _refused(_config(), '/', '--workdir')
+  (tmp_path / 'odd').mkdir()
+  (tmp_path / 'odd/config.json').write_text('[]')
+  shutil.copytree(loop.secrets_directory(tmp_path / 'gone'), tmp_path / 'odd.secrets')
+  _refused(_config(), tmp_path / 'odd', 'config.json', 'damaged')
 
 
 def test_resume_without_keys_is_refused(tmp_path):

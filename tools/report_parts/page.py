@@ -37,7 +37,24 @@ _DIAGNOSTICS = (
 
 def make_pages(run: Run) -> dict[str, str]:
   """File name -> HTML: the public page and, if there are diagnostics, the private one."""
-  slots = {
+  public = {name: e for name, e in run.evals.items() if not e.get('uses_training_data')}
+  template = string.Template(_TEMPLATE.read_text(encoding='utf-8'))
+  pages = {
+    'report.html': template.substitute(
+      _slots(run._replace(evals=public)), badge='', diagnostics=_LEFT_OUT
+    )
+  }
+  if run.diagnostics or len(public) < len(run.evals):
+    pages['report.private.html'] = template.substitute(
+      _slots(run),
+      badge=_PRIVATE_BADGE,
+      diagnostics=_diagnostics(run) if run.diagnostics else _LEFT_OUT,
+    )
+  return pages
+
+
+def _slots(run: Run) -> dict[str, str]:
+  return {
     'title': f'DP-Cap, size {run.config.model.size}, on {run.config.data.source.name}',
     'guarantee': _guarantee_badge(run),
     'lead': _what_was_trained(run),
@@ -50,13 +67,6 @@ def make_pages(run: Run) -> dict[str, str]:
     'config': escape(config_lib.to_json(run.config)),
     'colophon': _colophon(run),
   }
-  template = string.Template(_TEMPLATE.read_text(encoding='utf-8'))
-  pages = {'report.html': template.substitute(slots, badge='', diagnostics=_LEFT_OUT)}
-  if run.diagnostics:
-    pages['report.private.html'] = template.substitute(
-      slots, badge=_PRIVATE_BADGE, diagnostics=_diagnostics(run)
-    )
-  return pages
 
 
 _LEFT_OUT = (

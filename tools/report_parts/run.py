@@ -61,13 +61,16 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text())
+    tree = json.loads(path.read_text())
   except OSError as e:
     raise UserError(
       f'{path}: cannot be read ({e.strerror}); give the workdir of a run with a checkpoint'
     ) from e
   except ValueError as e:
     raise UserError(f'{path}: damaged, not JSON ({e})') from e
+  if not isinstance(tree, dict):
+    raise UserError(f'{path}: damaged, holds no JSON object')
+  return tree
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
