@@ -248,7 +248,8 @@ class _Run:
         ' not finite (loss NaN?); they contribute zero, the run goes on',
       )
     epsilon = None
-    if self.done % self._config.train.log_every == 0 or self.done == self._config.train.steps:
+    every, last = self._config.train.log_every, self._config.train.steps
+    if self.done in (1, last) or self.done % every == 0:
       epsilon = self._plan.epsilon(self._store.releases(self.done))
       self._metrics.write(
         self.done,
