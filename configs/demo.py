@@ -34,13 +34,6 @@ def get_config(label='count'):
 
   train = config_lib.source_config('scenes', split='validation', size=10_000, label=label)
   test = config_lib.source_config('scenes', split='test', size=5_000, label=label)
-  for name, features in (
-    ('private_features', 'model'),
-    ('untrained_encoder', 'untrained'),
-    ('raw_pixels', 'pixels'),
-  ):
-    config.evals[name] = config_lib.evaluator_config(
-      'linear_probe', train=train, test=test, features=features
-    )
+  config.evals.update(config_lib.probes_beside_baselines(train, test))
   config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
   return config

@@ -32,13 +32,6 @@ def get_config(folder='emoji'):
   config.train.steps = 200
   config.mesh.physical_batch = 32
 
-  for name, features in (
-    ('private_features', 'model'),
-    ('untrained_encoder', 'untrained'),
-    ('raw_pixels', 'pixels'),
-  ):
-    config.evals[name] = config_lib.evaluator_config(
-      'linear_probe', train=train, test=test, features=features
-    )
+  config.evals.update(config_lib.probes_beside_baselines(train, test))
   config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
   return config

@@ -211,6 +211,22 @@ def evaluator_config(name: str, **values) -> ml_collections.ConfigDict:
   return _with_values('evaluator', name, EVALUATORS, values)
 
 
+def probes_beside_baselines(train, test) -> ml_collections.ConfigDict:
+  """Entries of `evals`: linear probes of the model, of the model untrained, and of raw pixels.
+
+  Args:
+    train: the source that probes are fitted to.
+    test: the source that they are judged on.
+  """
+  subjects = {'private_features': 'model', 'untrained_encoder': 'untrained', 'raw_pixels': 'pixels'}
+  return ml_collections.ConfigDict(
+    {
+      name: evaluator_config('linear_probe', train=train, test=test, features=features)
+      for name, features in subjects.items()
+    }
+  )
+
+
 def choose(what: str, value: str, variants: dict[str, Any]) -> Any:
   """The variant that a config file's argument names.
 
