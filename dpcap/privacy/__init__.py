@@ -30,23 +30,36 @@ step compiles once.
 """
 
 from dpcap.privacy.accounting import ACCOUNTANTS
-from dpcap.privacy.clipping import CLIPPING_STRATEGIES, ClippedSum, clipped_sum, plain_sum
+from dpcap.privacy.clip_functions import CLIP_FUNCTIONS, Automatic, Clip
+from dpcap.privacy.clipping import (
+  CLIPPING_STRATEGIES,
+  ClippedSum,
+  choose_strategy,
+  clipped_sum,
+  plain_sum,
+)
 from dpcap.privacy.keys import Keys, KeyStore
 from dpcap.privacy.mechanisms import MECHANISMS
 from dpcap.privacy.plan import PrivacyPlan, calibrate
 from dpcap.privacy.sampling import SAMPLERS
 from dpcap.privacy.statement import make_statement, statement_text
+from dpcap.privacy.uses import ClippingFallbackWarning
 
 __all__ = [
   'ACCOUNTANTS',
+  'Automatic',
+  'CLIP_FUNCTIONS',
   'CLIPPING_STRATEGIES',
+  'Clip',
   'ClippedSum',
+  'ClippingFallbackWarning',
   'Keys',
   'KeyStore',
   'MECHANISMS',
   'PrivacyPlan',
   'SAMPLERS',
   'calibrate',
+  'choose_strategy',
   'clipped_sum',
   'make_statement',
   'plain_sum',

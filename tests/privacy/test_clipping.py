@@ -172,7 +172,9 @@ def test_leaving_out_one_example_moves_the_sum_by_at_most_clip_norm(
       alone = function(params, batch, np.arange(BATCH) == i).sum
       assert norm(alone) <= clip_norm * MARGIN
       if whole.norms[i] > 1.001 * clip_norm:
-        assert norm(alone) >= clip_norm * (1 - clipping.ROUNDING_MARGIN)
+        # Only rounding may take from it: vmap rounds nothing below float32 after the norm.
+        exact = strategy == 'vmap' or dtype == jnp.float32
+        assert norm(alone) >= clip_norm * (1 - (clipping.ROUNDING_MARGIN if exact else 0.05))
 
 
 @pytest.mark.parametrize('scale', [1.1, 1e3, 1e12])
