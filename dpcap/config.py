@@ -86,7 +86,26 @@ SECTIONS = {
     'adjacency': Key(str, 'zero_out', 'what neighbouring data sets are', ('zero_out',)),
     'clip_norm': Key(float, 1.0, 'C', check=_POSITIVE),
     'clipping': Key(
-      str, 'vmap', 'how per-example clipping is computed', tuple(privacy.CLIPPING_STRATEGIES)
+      str,
+      'auto',
+      'how per-example clipping is computed',
+      ('auto', *privacy.CLIPPING_STRATEGIES),
+    ),
+    'check_clipping': Key(
+      bool, True, 'compare it with vmap on synthetic examples at start', fixed=False
+    ),
+    'clip_function': Key(
+      str,
+      'clip',
+      'clip: min(1, C / norm); automatic: C / (norm + gamma)',
+      tuple(privacy.CLIP_FUNCTIONS),
+    ),
+    'gamma': Key(
+      float,
+      None,
+      'of clip_function automatic; None: 0.01',
+      check=_POSITIVE,
+      optional=True,
     ),
     'mechanism': Key(str, 'gaussian', 'how noise is added', tuple(privacy.MECHANISMS)),
     'sampler': Key(str, 'poisson', 'how batches are drawn', tuple(privacy.SAMPLERS)),
@@ -298,6 +317,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
   if p['epsilon'] != math.inf and p['mechanism'] == 'none':
     raise UserError("privacy.mechanism is 'none'; it is allowed with privacy.epsilon=inf only")
+  if p['gamma'] is not None and p['clip_function'] != 'automatic':
+    raise UserError(
+      f"privacy.gamma is {p['gamma']}; it goes with privacy.clip_function='automatic' only"
+    )
   o = tree['optimizer']
   if o['warmup_steps'] >= (o['decay_steps'] or tree['train']['steps']):
     raise UserError(

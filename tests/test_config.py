@@ -52,7 +52,7 @@ def test_every_experiment_fits_the_schema(experiment):
     ('privacy.expected_batch_size', True, ['expected_batch_size', 'True', 'int']),
     ('privacy.sampler', 'bernoulli', ['privacy.sampler', "'bernoulli'", 'poisson, shuffle']),
     ('privacy.accountant', 'prv', ["'prv'", 'pld, rdp']),
-    ('privacy.clipping', 'none', ["'none'", 'vmap']),
+    ('privacy.clipping', 'none', ["'none'", 'vmap', 'auto']),
     ('privacy.adjacency', 'replace_one', ["'replace_one'", 'zero_out']),
     ('privacy.mechanism', 'none', ['privacy.mechanism', 'epsilon=inf']),
     ('data.image_size', 20, ['data.image_size', '20', 'patch size, 8']),

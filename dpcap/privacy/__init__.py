@@ -30,7 +30,7 @@ step compiles once.
 """
 
 from dpcap.privacy.accounting import ACCOUNTANTS
-from dpcap.privacy.clip_functions import CLIP_FUNCTIONS, Automatic, Clip
+from dpcap.privacy.clip_functions import CLIP_FUNCTIONS, Automatic, Clip, ClipFunction
 from dpcap.privacy.clipping import (
   CLIPPING_STRATEGIES,
   ClippedSum,
@@ -38,11 +38,13 @@ from dpcap.privacy.clipping import (
   clipped_sum,
   plain_sum,
 )
+from dpcap.privacy.clipping_check import ClippingMismatch, check_clipping
 from dpcap.privacy.keys import Keys, KeyStore
 from dpcap.privacy.mechanisms import MECHANISMS
 from dpcap.privacy.plan import PrivacyPlan, calibrate
 from dpcap.privacy.sampling import SAMPLERS
 from dpcap.privacy.statement import make_statement, statement_text
+from dpcap.privacy.summation import RunningSum, running_sum
 from dpcap.privacy.uses import ClippingFallbackWarning
 
 __all__ = [
@@ -51,17 +53,22 @@ __all__ = [
   'CLIP_FUNCTIONS',
   'CLIPPING_STRATEGIES',
   'Clip',
+  'ClipFunction',
   'ClippedSum',
   'ClippingFallbackWarning',
+  'ClippingMismatch',
   'Keys',
   'KeyStore',
   'MECHANISMS',
   'PrivacyPlan',
+  'RunningSum',
   'SAMPLERS',
   'calibrate',
+  'check_clipping',
   'choose_strategy',
   'clipped_sum',
   'make_statement',
   'plain_sum',
+  'running_sum',
   'statement_text',
 ]

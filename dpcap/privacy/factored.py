@@ -306,8 +306,9 @@ def _product_norm(a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     value = _sum_in_blocks(lambda x, y: jnp.sum(gram(x, a) * gram(y, g)), [a, g], tokens)
     return value, jnp.sum(_row_norms(a) * _row_norms(g))
   gram_a, gram_g = gram(a, a), gram(g, g)
-  lengths = jnp.sqrt(jnp.diagonal(gram_a)) * jnp.sqrt(jnp.diagonal(gram_g))
-  return jnp.sum(gram_a * gram_g), jnp.sum(lengths)
+  # jnp.diagonal would be a gather, which compiles and runs far slower.
+  lengths = lambda gram: jnp.sqrt(gram.ravel()[:: tokens + 1])
+  return jnp.sum(gram_a * gram_g), jnp.sum(lengths(gram_a) * lengths(gram_g))
 
 
 def _lookup_norm(rows: jax.Array, g: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ def make_statement(
   steps: int,
   releases: int,
   clipping_strategy: str,
+  clip_function: str,
   fixed_seed: bool,
   tokenizer: str,
 ) -> dict:
@@ -37,6 +38,7 @@ def make_statement(
     steps: in the model's history.
     releases: distinct noisy gradients computed, at least `steps` (see KeyStore).
     clipping_strategy: how per-example clipping was computed.
+    clip_function: what scaled an example's gradient.
     fixed_seed: whether the keys came from a seed, which voids the guarantee.
     tokenizer: where the vocabulary comes from, named in what is not covered.
 
@@ -61,6 +63,7 @@ def make_statement(
     'noise_multiplier': plan.noise_multiplier,
     'clip_norm': plan.clip_norm if plan.private else None,
     'clipping': clipping_strategy,
+    'clip_function': clip_function if plan.private else None,
     'sensitivity_rounding_margin': clipping.ROUNDING_MARGIN,
     'steps': steps,
     'releases': releases,
@@ -73,7 +76,6 @@ def make_statement(
       'hyper-parameters, if they were tuned on the private data',
       f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
       'the float32 resolution of sums and noise: rounding, and no noise past 5.4 deviations',
-      'evaluations that read the training data (marked uses_training_data in evals/)',
       'evaluations that read the training data (marked uses_training_data in evals/)',
       'other runs on the same data: guarantees of several runs add up',
     ],

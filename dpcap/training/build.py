@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import ml_collections
+import numpy as np
 
 from dpcap import data, models, privacy
 from dpcap.errors import UserError
@@ -65,3 +66,20 @@ def make_plan(config: ml_collections.ConfigDict, dataset_size: int) -> privacy.P
     return privacy.PrivacyPlan(noise_multiplier=p.noise_multiplier, **common)
   except ValueError as e:
     raise UserError(f'config.privacy: {e}') from e
+
+
+def make_clip_function(config: ml_collections.ConfigDict) -> privacy.ClipFunction:
+  """The clip function of `config.privacy`."""
+  settings = {} if config.privacy.gamma is None else {'gamma': config.privacy.gamma}
+  return privacy.CLIP_FUNCTIONS[config.privacy.clip_function](**settings)
+
+
+def synthetic_examples(
+  config: ml_collections.ConfigDict, vocab_size: int, count: int
+) -> data.Examples:
+  """Random examples (count, ...) with the shapes and ranges of real ones, from no data."""
+  rng = np.random.default_rng(0)
+  size, length = config.data.image_size, config.data.text_length
+  tokens = rng.integers(0, vocab_size, (count, length), dtype=np.int32)
+  tokens[:, length // 2 + 1 :] = models.PADDING
+  return data.Examples(rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8), tokens)

@@ -10,6 +10,7 @@ import signal
 import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 
@@ -23,7 +24,7 @@ from dpcap.training.environment import describe_environment
 from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.progress import Progress
-from dpcap.training.step import TrainState, init_state, make_step, zero_accumulator
+from dpcap.training.step import TrainState, example_loss, init_state, make_step, zero_accumulator
 
 # Exit status of a run that was asked to stop: what shells report for SIGTERM.
 STOPPED = 143
@@ -85,7 +86,7 @@ class _Run:
     model = build.make_model(config, self._tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     self._schedule = make_schedule(config.optimizer, config.train.steps)
-    self._step = make_step(model, optimizer, self._plan, config.privacy.clipping)
+    self._clip_function = build.make_clip_function(config)
     self.state = init_state(
       model,
       optimizer,
@@ -93,6 +94,10 @@ class _Run:
       config.data.text_length,
       config.train.model_seed,
     )
+    self._clipping = 'none'
+    if plan.private:
+      self._clipping = self._choose_clipping(model)
+    self._step = make_step(model, optimizer, plan, self._clipping, self._clip_function)
     self._zero = jax.jit(zero_accumulator)
     self.done = self._checkpoints.latest_step() or 0
     if self.done:
@@ -132,6 +137,28 @@ class _Run:
       physical_batch=config.mesh.physical_batch,
       batches_per_chunk=config.mesh.batches_per_chunk,
     )
+
+  def _choose_clipping(self, model: nn.Module) -> str:
+    """The strategy that this run's config asks for, once its answer is known to be right."""
+    settings, vocab_size = self._config.privacy, self._tokenizer.vocab_size
+    examples = build.synthetic_examples(self._config, vocab_size, count=2)
+    loss_fn, params = example_loss(model, self.state.frozen), self.state.params
+    strategy = settings.clipping
+    if strategy == 'auto':
+      strategy = privacy.choose_strategy(loss_fn, params, examples)
+    if settings.check_clipping and strategy != 'vmap':
+      try:
+        privacy.check_clipping(
+          loss_fn,
+          params,
+          examples,
+          clip_function=self._clip_function,
+          strategy=strategy,
+          low_precision=self._config.model.dtype != 'float32',
+        )
+      except privacy.ClippingMismatch as e:
+        raise UserError(f'privacy.clipping: {e}') from e
+    return strategy
 
   def __enter__(self):
     config, start = self._config, self.done
@@ -234,7 +261,8 @@ class _Run:
       self._plan,
       steps=self.done,
       releases=self._store.releases(self.done),
-      clipping_strategy=self._config.privacy.clipping if self._plan.private else 'none',
+      clipping_strategy=self._clipping,
+      clip_function=str(self._clip_function),
       fixed_seed=self._config.privacy.seed is not None,
       tokenizer=f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip(),
     )

@@ -40,7 +40,7 @@ class Accumulator(NamedTuple):
   """Running sums over a logical batch. All but `sum` is diagnostics: private.
 
   Attributes:
-    sum: clipped gradients, float32, like params.
+    sum: clipped gradients, float32, like params; compensated.
     examples: () that contributed, or would have but for an unusable gradient.
     unusable: () examples whose gradient was not finite: they contributed zero.
     clipped: () examples whose gradient was scaled down.
@@ -48,7 +48,7 @@ class Accumulator(NamedTuple):
     norm: () sum of finite gradient norms.
   """
 
-  sum: PyTree
+  sum: privacy.RunningSum
   examples: jax.Array
   unusable: jax.Array
   clipped: jax.Array
@@ -59,7 +59,7 @@ class Accumulator(NamedTuple):
 def zero_accumulator(params: PyTree) -> Accumulator:
   """The empty sum."""
   zero = [jnp.zeros((), jnp.float32) for _ in range(5)]
-  return Accumulator(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), *zero)
+  return Accumulator(privacy.running_sum(params), *zero)
 
 
 def example_loss(model: nn.Module, frozen: PyTree) -> privacy.clipping.LossFn:
@@ -113,7 +113,8 @@ def make_step(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   plan: privacy.PrivacyPlan,
-  clipping: str,
+  clipping: str = 'auto',
+  clip_function: privacy.ClipFunction = privacy.Clip(),
 ) -> Step:
   """The step of a run.
 
@@ -121,7 +122,8 @@ def make_step(
     model: its call is the loss of one example.
     optimizer: applied to the noisy mean gradient.
     plan: the privacy parameters.
-    clipping: a key of CLIPPING_STRATEGIES; a plan without privacy takes the plain sum.
+    clipping: strategy of `clipped_sum`; a plan without privacy takes the plain sum.
+    clip_function: from gradient norms to the factors that examples are scaled by.
   """
   mechanism = plan.make_mechanism()
 
@@ -130,7 +132,13 @@ def make_step(
     if not plan.private:
       return privacy.plain_sum(loss_fn, params, examples, mask)
     return privacy.clipped_sum(
-      loss_fn, params, examples, mask, clip_norm=plan.clip_norm, strategy=clipping
+      loss_fn,
+      params,
+      examples,
+      mask,
+      clip_norm=plan.clip_norm,
+      clip_function=clip_function,
+      strategy=clipping,
     )
 
   def accumulate(state: TrainState, accumulator: Accumulator, examples, mask, live):
@@ -140,10 +148,10 @@ def make_step(
       finite_norm = jnp.where(jnp.isfinite(out.norms), out.norms, 0.0)
       unusable = ~jnp.isfinite(out.norms if plan.private else out.losses)
       return Accumulator(
-        sum=jax.tree.map(jnp.add, acc.sum, out.sum),
+        sum=acc.sum.add(out.sum),
         examples=acc.examples + jnp.sum(used),
         unusable=acc.unusable + jnp.sum(unusable & used),
-        clipped=acc.clipped + jnp.sum((finite_norm > plan.clip_norm) & used),
+        clipped=acc.clipped + jnp.sum((out.factors < 1) & used & ~unusable),
         loss=acc.loss + jnp.sum(jnp.where(jnp.isfinite(out.losses), out.losses, 0.0)),
         norm=acc.norm + jnp.sum(finite_norm),
       )
@@ -152,7 +160,8 @@ def make_step(
     return jax.lax.fori_loop(0, live, add, accumulator)
 
   def update(state: TrainState, accumulator: Accumulator, noise_key, noise_state):
-    noisy, noise_state = mechanism.add_noise(noise_key, state.step, accumulator.sum, noise_state)
+    clipped = accumulator.sum.value()
+    noisy, noise_state = mechanism.add_noise(noise_key, state.step, clipped, noise_state)
     # The expected batch size is public, the sampled one is not.
     grads = jax.tree.map(lambda g: g / plan.expected_batch_size, noisy)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

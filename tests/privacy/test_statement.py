@@ -23,6 +23,7 @@ def make(plan=PLAN, steps=90, releases=90, fixed_seed=False):
     steps=steps,
     releases=releases,
     clipping_strategy='vmap',
+    clip_function='Clip()',
     fixed_seed=fixed_seed,
     tokenizer='bert-uncased vocabulary',
   )

@@ -91,7 +91,7 @@ def test_accumulated_sum_equals_direct_sum_for_any_physical_batch(rng, physical)
   step, state = _make(_plan())
   examples, mask = _examples(rng), rng.random(_BATCH) < 0.8
   accumulator = _accumulate(step, state, examples, mask, physical)
-  _close(accumulator.sum, _direct_sum(state, examples, mask), 2e-5)
+  _close(accumulator.sum.value(), _direct_sum(state, examples, mask), 2e-5)
   assert accumulator.examples == mask.sum()
 
 
@@ -102,7 +102,7 @@ def test_physical_batches_past_live_are_not_looked_at(rng):
   args = jax.tree.map(fold, examples), fold(mask), 2
   accumulator = step.accumulate(state, step_lib.zero_accumulator(state.params), *args)
   assert accumulator.examples == 8
-  _close(accumulator.sum, _direct_sum(state, examples, np.arange(_BATCH) < 8), 2e-5)
+  _close(accumulator.sum.value(), _direct_sum(state, examples, np.arange(_BATCH) < 8), 2e-5)
 
 
 @pytest.mark.parametrize('drawn', [0, 3, 24])
@@ -111,7 +111,7 @@ def test_update_divides_by_expected_not_sampled_batch_size(rng, drawn):
   examples, mask = _examples(rng), np.arange(_BATCH) < drawn
   accumulator = _accumulate(step, state, examples, mask, 4)
   key = jax.random.key(int(rng.integers(1 << 31)))
-  noisy, _ = _plan().make_mechanism().add_noise(key, 0, accumulator.sum, ())
+  noisy, _ = _plan().make_mechanism().add_noise(key, 0, accumulator.sum.value(), ())
   expected = jax.tree.map(lambda p, g: p - g / _EXPECTED, state.params, noisy)
   new_state, _, _ = step.update(_copy(state), accumulator, key, ())
   _close(new_state.params, expected)
@@ -162,7 +162,7 @@ def test_non_finite_loss_contributes_zero_and_is_counted(rng):
     step, state._replace(params=params), _examples(rng), np.ones(_BATCH, bool), 4
   )
   assert accumulator.unusable == _BATCH
-  assert all(np.all(g == 0) for g in jax.tree.leaves(accumulator.sum))
+  assert all(np.all(g == 0) for g in jax.tree.leaves(accumulator.sum.value()))
   new, _, diagnostics = step.update(_copy(state), accumulator, jax.random.key(0), ())
   assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(new.params))
   assert diagnostics['unusable_gradients'] == _BATCH

@@ -1,0 +1,74 @@
+"""Compares a clipping strategy with vmap on a loss, before it is trusted with a run."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpcap.privacy.clip_functions import Clip, ClipFunction
+from dpcap.privacy.clipping import LossFn, clipped_sum
+
+PyTree = Any
+
+# Strategies round differently, by no more than these fractions; a missing term is far more.
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-2, 0.1
+
+
+class ClippingMismatch(ValueError):
+  """A strategy gave another answer than vmap."""
+
+
+def check_clipping(
+  loss_fn: LossFn,
+  params: PyTree,
+  batch: PyTree,
+  *,
+  clip_function: ClipFunction = Clip(),
+  strategy: str = 'auto',
+  low_precision: bool = False,
+) -> float:
+  """Refuses a strategy whose norms or clipped sums on `batch` are not those of vmap.
+
+  A few synthetic examples of the real shapes will do. Costs one compilation and one step of
+  vmap on them.
+
+  Args:
+    loss_fn, params, batch, clip_function, strategy: as for `clipped_sum`.
+    low_precision: whether the loss computes in less than float32.
+
+  Returns:
+    The largest relative difference: of an example's norm, or of the sum of all.
+
+  Raises:
+    ClippingMismatch: with the difference and the parameter that shows the most of it.
+  """
+
+  @jax.jit
+  def both(params, batch):
+    run = lambda strategy: clipped_sum(
+      loss_fn, params, batch, clip_norm=1.0, clip_function=clip_function, strategy=strategy
+    )
+    return run(strategy), run('vmap')
+
+  actual, expected = jax.device_get(both(params, batch))
+  if not np.all(np.isfinite(expected.norms)):
+    raise ClippingMismatch(f'vmap gives norms {expected.norms} on synthetic examples')
+  flat = lambda tree: jax.tree_util.tree_leaves_with_path(tree)
+  errors = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): float(np.linalg.norm(a - b))
+    for (path, a), (_, b) in zip(flat(actual.sum), flat(expected.sum), strict=True)
+  }
+  total = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(expected.sum)))
+  tiny = np.finfo(np.float32).tiny
+  difference = max(
+    float(np.max(np.abs(actual.norms - expected.norms) / np.maximum(expected.norms, tiny))),
+    float(np.linalg.norm(list(errors.values())) / max(total, tiny)),
+  )
+  allowed = _LOW_PRECISION_TOLERANCE if low_precision else _TOLERANCE
+  if not difference <= allowed:
+    worst = max(errors, key=errors.get)
+    raise ClippingMismatch(
+      f'clipping {strategy!r} differs from vmap by {difference:.2g} (allowed: {allowed:g}), most in'
+      f' {worst}; this model needs clipping vmap'
+    )
+  return difference
