@@ -35,8 +35,8 @@ Strategies, cost in floating-point operations where a plain training step has 3:
 matrices, convolutions and embeddings: see `uses.py` and `factored.py`. What they lose to
 rounding, where norms come from Gram matrices or products have less than float32, is
 bounded and added to the norms that factors are computed from, so that the guarantee holds
-for what is really summed. `ghost` computes gradients twice; below float32 the second may
-round differently, which GHOST_MARGIN allows for.
+for what is really summed. `ghost` runs the same backward pass twice, from the same
+cotangents, and weighs at the sites: weighing the loss instead would round differently.
 """
 
 import functools
@@ -51,7 +51,7 @@ from dpcap.privacy import factored
 from dpcap.privacy.clip_functions import Clip, ClipFunction
 from dpcap.privacy.factored import at_least_float32
 from dpcap.privacy.replay import replay
-from dpcap.privacy.uses import Site, find_uses
+from dpcap.privacy.uses import Path, Site, find_uses
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -62,9 +62,6 @@ ROUNDING_MARGIN = 1e-5
 
 # Squares of gradients near a smaller C would vanish in float32, and norms with them.
 SMALLEST_CLIP_NORM = 1e-12
-
-# What `ghost` allows for, relative to the norm, where products have less than float32.
-GHOST_MARGIN = 2**-6
 
 
 class ClippedSum(NamedTuple):
@@ -163,7 +160,6 @@ def _bookkeeping(loss_fn, params, batch, mask, factor_of) -> ClippedSum:
 
   def attempt(batch, mask) -> ClippedSum:
     size = mask.shape[0]
-    loops = {at: len(site.view.loops) for at, site in uses.sites.items()}
 
     def at_site(site, x, w, slot):
       return _tap(site.apply(x, w), slot), x
@@ -172,7 +168,8 @@ def _bookkeeping(loss_fn, params, batch, mask, factor_of) -> ClippedSum:
       mixed = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
       return replay(uses, mixed, example, slots, at_site)
 
-    losses_of = jax.vmap(loss_of_one, (0, loops, 0), (0, loops))
+    axes = _batch_axes(uses.sites)
+    losses_of = jax.vmap(loss_of_one, (0, axes, 0), (0, axes))
     direct = {i: _repeat(leaves[i], size) for i in uses.direct}
     slots = {at: _slot(site, size) for at, site in uses.sites.items()}
     losses, backward, xs = jax.vjp(
@@ -209,7 +206,6 @@ def _ghost(loss_fn, params, batch, mask, factor_of) -> ClippedSum:
   }
   kept = {at: site for at, site in uses.sites.items() if at not in alone}
   dtype = functools.reduce(jnp.promote_types, map(jnp.result_type, leaves), jnp.float32)
-  loops = {at: len(site.view.loops) for at, site in kept.items()}
 
   def attempt(batch, mask) -> ClippedSum:
     size = mask.shape[0]
@@ -217,15 +213,24 @@ def _ghost(loss_fn, params, batch, mask, factor_of) -> ClippedSum:
     def loss_of_one(shared, direct, slots, norm, example):
       def at_site(site, x, w, slot):
         if site.path in alone:
-          return _observed(site)(x, w, norm), None
-        return _tap(_observed(site)(x, w, None), slot), x
+          y, weight = _observed(site)(x, w, norm)
+          return y, (weight, None)
+        y, weight = _observed(site)(x, w, None)
+        return _tap(y, slot), (weight, x)
 
       mixed = [shared[i] if i in shared else direct[i] for i in range(len(leaves))]
       return replay(uses, mixed, example, slots, at_site)
 
-    losses_of = jax.vmap(loss_of_one, (None, 0, loops, 0, 0), (0, loops))
-    losses, backward, xs = jax.vjp(
-      lambda *taken: losses_of(*taken, batch),
+    in_axes = (None, 0, _batch_axes(kept), 0, 0)
+    losses_of = jax.vmap(loss_of_one, in_axes, (0, _batch_axes(uses.sites)))
+
+    def forward(*taken):
+      losses, records = losses_of(*taken, batch)
+      weights = {at: weight for at, (weight, _) in records.items()}
+      return (losses, weights), {at: records[at][1] for at in kept}
+
+    (losses, weights), backward, xs = jax.vjp(
+      forward,
       # In float32, and cast where they are used: so are their gradients.
       {i: at_least_float32(leaf) for i, leaf in enumerate(leaves) if i not in uses.direct},
       {i: _repeat(leaves[i], size) for i in uses.direct},
@@ -233,10 +238,14 @@ def _ghost(loss_fn, params, batch, mask, factor_of) -> ClippedSum:
       [jnp.zeros(size, dtype) for _ in factored.SquaredNorm._fields],
       has_aux=True,
     )
-    _, direct_grads, gs, alone_norms = backward(jnp.ones_like(losses))
+    _, direct_grads, gs, alone_norms = backward((jnp.ones_like(losses), weights))
     norms, bounds = _norms(uses, xs, gs, direct_grads, factored.SquaredNorm(*alone_norms))
     factors = jnp.where(mask, factor_of(bounds), 0.0)
-    sums = backward(factors.astype(losses.dtype))[0]
+    # All ones again: the same gradients, which sites then weigh. That they depend on factors
+    # keeps XLA from merging the passes, which would keep all gradients as bookkeeping does.
+    seeds = jnp.where(factors >= 0, jnp.ones_like(losses), 0)
+    weights = jax.tree.map(lambda w: jnp.broadcast_to(factors, w.shape).astype(w.dtype), weights)
+    sums = backward((seeds, weights))[0]
     sums |= {i: _weighted(factors, grads) for i, grads in direct_grads.items()}
     return ClippedSum(_unflatten(treedef, leaves, sums), norms, factors, losses)
 
@@ -266,29 +275,30 @@ _tap.defvjp(lambda y, slot: (y, None), lambda _, g: (g, g))
 
 
 def _observed(site: Site) -> Callable:
-  """The site's equation (x, w, norm) -> y on one example, to be mapped over a batch.
+  """The site's equation (x, w, norm) -> (y, weight) on one example, to be mapped over a batch.
 
-  The gradient of `norm`, a list as SquaredNorm or None, is the squared norm of the gradient
-  of `w`. The gradient of `w` is summed in at least float32: autodiff would take it in the
-  type of the product.
+  Its backward pass does what autodiff would not:
+  - the gradient of `norm`, a list as SquaredNorm or None, is the squared norm of that of `w`;
+  - the gradient of `w` is summed with each example weighted by the gradient of the output
+    `weight` (itself 0), and in at least float32.
   """
   site = site._replace(view=site.view._replace(loops=()))  # here all scans are outside
 
   @jax.custom_vjp
   def on_batch(x_B, w, norm_B):
     del norm_B
-    return jax.vmap(site.apply, (0, None))(x_B, w)
+    return jax.vmap(site.apply, (0, None))(x_B, w), jnp.zeros(x_B.shape[0], w.dtype)
 
   def forward(x_B, w, norm_B):
     return on_batch(x_B, w, norm_B), (x_B, w, norm_B)
 
-  def backward(kept, g_B):
-    x_B, w, norm_B = kept
+  def backward(kept, gradients):
+    (x_B, w, norm_B), (g_B, weights_B) = kept, gradients
     if jnp.issubdtype(x_B.dtype, jnp.floating):
       (dx_B,) = jax.vjp(lambda x_B: jax.vmap(site.apply, (0, None))(x_B, w), x_B)[1](g_B)
     else:
       dx_B = np.zeros(x_B.shape, jax.dtypes.float0)
-    dw = factored.view_gradient(site, x_B, g_B).astype(w.dtype)
+    dw = factored.weighted_view(site, x_B, g_B, weights_B).astype(w.dtype)
     if norm_B is not None:
       norm_B = list(factored.squared_norm([site], [x_B], [g_B]))
     return dx_B, dw, norm_B
@@ -298,19 +308,24 @@ def _observed(site: Site) -> Callable:
   @jax.custom_batching.custom_vmap
   def on_one(x, w, norm):
     del norm
-    return site.apply(x, w)
+    return site.apply(x, w), jnp.zeros((), w.dtype)
 
   @on_one.def_vmap
   def batched(axis_size, in_batched, x, w, norm):
     if not in_batched[0]:
       x = _repeat(x, axis_size)
-    return on_batch(x, w, norm), True
+    return on_batch(x, w, norm), (True, True)
 
   return on_one
 
 
 def _repeat(x: jax.Array, size: int) -> jax.Array:
   return jnp.broadcast_to(x, (size, *jnp.shape(x)))
+
+
+def _batch_axes(sites: dict[Path, Site]) -> dict[Path, int]:
+  """Of arrays of a site: they carry its loops before the batch."""
+  return {at: len(site.view.loops) for at, site in sites.items()}
 
 
 def _slot(site: Site, size: int) -> jax.Array:

@@ -93,41 +93,45 @@ def weighted_sum(
   `x` and `g` are as in `squared_norm`. Sums are taken in at least float32; where `x` and
   `g` have less, the weighted one of the two is rounded to their type.
   """
-  loops = site.view.loops
-
-  def weigh(y):
-    weighed = y * weights_B.reshape(weights_B.shape + (1,) * (y.ndim - len(loops) - 1))
-    return weighed.astype(y.dtype)
-
-  if site.eqn.primitive is p.dot_general_p and x.size < g.size:
-    x = weigh(x)
-  elif site.eqn.primitive is p.dot_general_p:
-    g = weigh(g)
-  else:
-    g = weigh(at_least_float32(g))
-  gradient = functools.partial(view_gradient, site)
-  for _ in range(sum(loop.sliced for loop in loops)):
-    gradient = jax.vmap(gradient)
-  view = gradient(_by_slice(site, x), _by_slice(site, g))
+  gradient = functools.partial(weighted_view, site)
+  x, g = _by_slice(site, x), _by_slice(site, g)
+  slices = sum(loop.sliced for loop in site.view.loops)
+  for _ in range(slices):
+    gradient = jax.vmap(gradient, (0, 0, None))
+  # Iterations that share the parameter count as further examples.
+  view = gradient(x, g, jnp.tile(weights_B, x.shape[slices] // weights_B.size))
   leaf = jax.ShapeDtypeStruct(like.shape, view.dtype)
   return jax.linear_transpose(functools.partial(through_chain, site.view.chain), leaf)(view)[0]
 
 
-def view_gradient(site: Site, x_B: jax.Array, g_B: jax.Array) -> jax.Array:
-  """Gradient of a batch's sum with respect to the parameter's view, in at least float32."""
-  if site.eqn.primitive is p.dot_general_p:
-    x_axes, g_axes = _dot_axes(site)
-    shift = lambda axes: [1 + a for a in axes]
-    contracted = [0, *shift(x_axes.free)], [0, *shift(g_axes.free)]
-    view = _dot(x_B, g_B, (contracted, (shift(x_axes.batch), shift(g_axes.batch))))
-    order = [d for role in roles(site) for d in role]
-    return view.transpose(sorted(range(len(order)), key=lambda i: order[i]))
-  dtype = jnp.promote_types(g_B.dtype, jnp.float32)
-  if jnp.issubdtype(x_B.dtype, jnp.floating):
-    x_B = x_B.astype(dtype)
-  operation = lambda w: jax.vmap(lambda x: site.apply(x, w, dtype))(x_B)
-  view = jax.ShapeDtypeStruct(site.eqn.invars[site.w].aval.shape, dtype)
-  return jax.linear_transpose(operation, view)(g_B.astype(dtype))[0]
+def weighted_view(site: Site, x_B: jax.Array, g_B: jax.Array, weights_B: jax.Array) -> jax.Array:
+  """`weighted_sum` with respect to the parameter's view, for a site in no loop."""
+  if site.eqn.primitive is not p.dot_general_p:
+    dtype = jnp.promote_types(g_B.dtype, jnp.float32)
+    x_B = x_B.astype(dtype) if jnp.issubdtype(x_B.dtype, jnp.floating) else x_B
+    operation = lambda w: jax.vmap(lambda x: site.apply(x, w, dtype))(x_B)
+    view = jax.ShapeDtypeStruct(site.eqn.invars[site.w].aval.shape, dtype)
+    return jax.linear_transpose(operation, view)(_weigh(g_B, weights_B, dtype))[0]
+  if x_B.size < g_B.size:
+    x_B = _weigh(x_B, weights_B, x_B.dtype)
+  else:
+    g_B = _weigh(g_B, weights_B, g_B.dtype)
+  x_axes, g_axes = _dot_axes(site)
+  shift = lambda axes: [1 + a for a in axes]
+  contracted = [0, *shift(x_axes.free)], [0, *shift(g_axes.free)]
+  view = _dot(x_B, g_B, (contracted, (shift(x_axes.batch), shift(g_axes.batch))))
+  order = [d for role in roles(site) for d in role]
+  return view.transpose(sorted(range(len(order)), key=lambda i: order[i]))
+
+
+def _weigh(y_B: jax.Array, weights_B: jax.Array, dtype) -> jax.Array:
+  """weights_b y_b, computed in at least float32, of type `dtype`."""
+  wide = at_least_float32(y_B)
+  if y_B.dtype.itemsize < 4:
+    # XLA may leave out a rounding to y's type, and weigh another y than norms were taken of.
+    info = jnp.finfo(y_B.dtype)
+    wide = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+  return (wide * weights_B.reshape(weights_B.shape + (1,) * (y_B.ndim - 1))).astype(dtype)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
