@@ -346,10 +346,10 @@ def _norms(uses, xs, gs, direct_grads, alone=None) -> tuple[jax.Array, jax.Array
   squares = _squares(direct_grads.values())
   if not parts:
     return jnp.sqrt(squares), jnp.sqrt(squares)
-  value, lost, magnitude = (functools.reduce(jnp.add, terms) for terms in zip(*parts))
+  value, lost, rounding = (functools.reduce(jnp.add, terms) for terms in zip(*parts))
   # A sum of Gram products may fall below zero by rounding.
   value = jnp.maximum(value, 0) + squares
-  bounds = jnp.sqrt(value + lost) + jnp.finfo(jnp.bfloat16).eps / 2 * jnp.sqrt(magnitude)
+  bounds = jnp.sqrt(value + lost) + jnp.sqrt(rounding)
   return jnp.sqrt(value), bounds
 
 

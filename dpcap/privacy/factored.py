@@ -39,13 +39,14 @@ class SquaredNorm(NamedTuple):
     value: as computed.
     lost: what rounding may have taken from it: where tokens cancel, a Gram sum adds terms far
       larger than its result.
-    magnitude: square of sum_t |a_t| |g_t|, which bounds the norm of any sum_t a_t e_t^T with
-      |e_t| <= |g_t|; 0 where a weighted sum rounds neither a nor g below float32.
+    rounding: square of what rounding may add to the norm of a weighted sum of the gradients, at
+      weight 1. Bounded by the unit roundoff times sum_t |a_t| |g_t|, which is far more than
+      the norm where tokens cancel.
   """
 
   value: jax.Array
   lost: jax.Array
-  magnitude: jax.Array
+  rounding: jax.Array
 
 
 class _Products(NamedTuple):
@@ -99,7 +100,7 @@ def weighted_sum(
   for _ in range(slices):
     gradient = jax.vmap(gradient, (0, 0, None))
   # Iterations that share the parameter count as further examples.
-  view = gradient(x, g, jnp.tile(weights_B, x.shape[slices] // weights_B.size))
+  view = gradient(x, g, jnp.repeat(weights_B, x.shape[slices] // weights_B.size))
   leaf = jax.ShapeDtypeStruct(like.shape, view.dtype)
   return jax.linear_transpose(functools.partial(through_chain, site.view.chain), leaf)(view)[0]
 
@@ -120,7 +121,10 @@ def weighted_view(site: Site, x_B: jax.Array, g_B: jax.Array, weights_B: jax.Arr
   shift = lambda axes: [1 + a for a in axes]
   contracted = [0, *shift(x_axes.free)], [0, *shift(g_axes.free)]
   view = _dot(x_B, g_B, (contracted, (shift(x_axes.batch), shift(g_axes.batch))))
-  order = [d for role in roles(site) for d in role]
+  # A product's axes are its batches, then the others of x and of g in their own order.
+  batch, inputs, outputs = roles(site)
+  by_axis = lambda dims, axes: [d for _, d in sorted(zip(axes, dims, strict=True))]
+  order = [*batch, *by_axis(inputs, x_axes.bound), *by_axis(outputs, g_axes.bound)]
   return view.transpose(sorted(range(len(order)), key=lambda i: order[i]))
 
 
@@ -169,13 +173,22 @@ def _dot_axes(site: Site) -> tuple[_Axes, _Axes]:
 def _dot(a: jax.Array, b: jax.Array, numbers) -> jax.Array:
   """A product in at least float32, also where accelerators would round float32 operands."""
   operands = jnp.promote_types(a.dtype, b.dtype)
-  return jax.lax.dot_general(
-    a.astype(operands),
-    b.astype(operands),
-    numbers,
-    precision='highest' if operands.itemsize >= 4 else None,
-    preferred_element_type=jnp.promote_types(operands, jnp.float32),
-  )
+  dtype = jnp.promote_types(operands, jnp.float32)
+
+  def product(a, b, operands=operands):
+    return jax.lax.dot_general(
+      a.astype(operands),
+      b.astype(operands),
+      numbers,
+      precision='highest' if operands.itemsize >= 4 else None,
+      preferred_element_type=dtype,
+    )
+
+  if operands == dtype:
+    return product(a, b)
+  # XLA has no such product of narrow types on CPU, for some shapes.
+  wide = functools.partial(product, operands=dtype)
+  return jax.lax.platform_dependent(a, b, cpu=wide, default=product)
 
 
 def _split_loops(site: Site, y: jax.Array) -> tuple[jax.Array, int]:
@@ -230,8 +243,8 @@ def _lookups(site: Site, x: jax.Array, g: jax.Array) -> _Rows:
   rows = x.reshape(-1)
   g = g.reshape(rows.size, math.prod(g.shape[g.ndim - len(offsets) :]))
   count = site.eqn.invars[site.w].aval.shape[row_axis]
-  if site.eqn.params['mode'] == jax.lax.GatherScatterMode.FILL_OR_DROP:
-    # A row that does not exist is filled, and has no gradient.
+  if site.eqn.params['mode'] != jax.lax.GatherScatterMode.CLIP:
+    # A row that does not exist has no gradient, whatever is found there.
     g = jnp.where(((rows >= 0) & (rows < count))[:, None], g, 0)
   return _Rows(jnp.clip(rows, 0, count - 1), g)
 
@@ -249,7 +262,7 @@ def _patches(site: Site, x: jax.Array, g: jax.Array) -> _Products:
     params['padding'],
     params['lhs_dilation'],
     params['rhs_dilation'],
-    precision='highest',
+    precision=jax.lax.Precision.HIGHEST,
   )
   by_group = lambda y: jnp.moveaxis(
     y.reshape(y.shape[0], groups, y.shape[1] // groups, -1), (1, 0, 3, 2), (0, 1, 2, 3)
@@ -282,12 +295,17 @@ def _squared_norm_of_unit(sites: Sequence[Site], parts: Sequence[_Products | _Ro
   if products and rows:
     value += 2 * jnp.sum(a[0][:, row] * _dot(g[0], h, (((1,), (1,)), ((), ()))))
   squared_reach = jnp.sum(jnp.square(reach))
-  zero = jnp.zeros((), dtype)
-  rounded = any(min(y.dtype.itemsize for y in part) < 4 for part in products)
+  roundoff = lambda dtype: float(jnp.finfo(dtype).eps) / 2
+  # Weighing rounds once, to the type of what is weighed, and summing a few times.
+  narrow = [min((y.dtype for y in part), key=lambda d: d.itemsize) for part in products]
+  once = max([roundoff(d) for d in narrow if d.itemsize < 4], default=0.0)
+  # A Gram sum rounds each of its T^2 terms; their errors do not all point one way.
+  tokens = sum(part.g.shape[-2] for part in parts)
+  terms = 1 + 8 / max(tokens, 1) if gram else 0
   return SquaredNorm(
     value=value,
-    lost=jnp.finfo(dtype).eps / 2 * squared_reach if gram else zero,
-    magnitude=squared_reach if rounded else zero,
+    lost=terms * roundoff(dtype) * squared_reach,
+    rounding=(once + 4 * roundoff(dtype)) ** 2 * squared_reach,
   )
 
 

@@ -7,7 +7,7 @@ import jax
 from jax.extend import core
 from jax.extend.core import primitives as p
 
-from dpcap.privacy.uses import CALLS, Path, Site, Uses, open_jaxpr
+from dpcap.privacy.uses import CALLS, Path, Site, Uses, open_jaxpr, scan_operands
 
 # (site, x, w, slot or None) -> (output of the equation, what to record or None).
 AtSite = Callable[[Site, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -80,7 +80,7 @@ def _call(uses, at_site, eqn, ins, path, slots):
 
 def _scan(uses, at_site, eqn, ins, path, slots):
   jaxpr, closed = open_jaxpr(eqn.params['jaxpr'])
-  consts, carries = eqn.params['num_consts'], eqn.params['num_carry']
+  consts, carries = scan_operands(eqn)
 
   def body(carry, per_iteration):
     xs, slots = per_iteration

@@ -62,6 +62,10 @@ class View(NamedTuple):
   chain: tuple[Op, ...] = ()
   loops: tuple[Loop, ...] = ()
 
+  def then(self, primitive, **params) -> 'View':
+    """The view that an operation makes of this one."""
+    return self._replace(chain=(*self.chain, Op(primitive, tuple(sorted(params.items())))))
+
 
 class Derived(NamedTuple):
   """A value computed from parameters alone, in another way than a View."""
@@ -201,6 +205,15 @@ def open_jaxpr(jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
   return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
 
 
+def scan_operands(eqn: core.JaxprEqn) -> tuple[int, int]:
+  """Of a scan: how many operands are the same in all iterations, and how many are carried."""
+  if 'num_consts' in eqn.params:
+    return eqn.params['num_consts'], eqn.params['num_carry']
+  # From jax 0.11 on.
+  consts, carry, _ = eqn.params['ft_in'].update(list(range(len(eqn.invars)))).unpack()
+  return len(list(consts)), len(list(carry))
+
+
 class _Search:
   """One pass over a jaxpr; `reasons` grows by the parameters found to be direct."""
 
@@ -213,8 +226,7 @@ class _Search:
 
   def mark_direct(self, status, reason: str | None):
     """Every parameter in `status` is direct, as a fallback where a reason is given."""
-    leaves = {View: lambda s: [s.leaf], Derived: lambda s: s.leaves}
-    for leaf in leaves.get(type(status), lambda s: ())(status):
+    for leaf in _derived([status]).leaves:
       self.reasons[leaf] = self.reasons.get(leaf) or reason
 
   def visit(self, jaxpr: core.Jaxpr, statuses: list, path: Path, loops: tuple[Loop, ...]) -> list:
@@ -241,7 +253,7 @@ class _Search:
       self.remat |= primitive is p.remat_p and len(self.sites) > before
       return outs
     if EXAMPLE not in ins:
-      return [self._of_parameters_alone(eqn, ins, path)] * len(eqn.outvars)
+      return self._of_parameters_alone(eqn, ins, path)
     site = _site(eqn, ins, path)
     if site is not None:
       self.sites[path] = site
@@ -250,56 +262,53 @@ class _Search:
         self.mark_direct(status, None if primitive in _ELEMENTWISE else primitive.name)
     return [EXAMPLE] * len(eqn.outvars)
 
-  def _of_parameters_alone(self, eqn, ins: list, path: Path):
+  def _of_parameters_alone(self, eqn, ins: list, path: Path) -> list:
     view, primitive = ins[0], eqn.primitive
     if isinstance(view, View) and len(ins) == 1:
       before, after = eqn.invars[0].aval, eqn.outvars[0].aval
       floats = all(jax.numpy.issubdtype(a.dtype, jax.numpy.floating) for a in (before, after))
       if primitive is p.convert_element_type_p and floats:
         self.casts.add(path)
-        return view
+        return [view]
       spreads = primitive is p.broadcast_in_dim_p and before.size != after.size
       if primitive in _SELECTIONS and not spreads:
-        op = Op(primitive, tuple(sorted(eqn.params.items())))
-        return view._replace(chain=(*view.chain, op))
+        return [view.then(primitive, **eqn.params)]
+      if primitive.name == 'split':
+        return [view.then(p.slice_p, **part) for part in _parts(before.shape, **eqn.params)]
     for status in ins:
       self.mark_direct(status, None)
-    leaves = [{s.leaf} if isinstance(s, View) else s.leaves for s in ins if type(s) is not str]
-    return Derived(frozenset().union(*leaves))
+    return [_derived(ins)] * len(eqn.outvars)
 
   def _scan(self, eqn, ins: list, path: Path, loops: tuple[Loop, ...]) -> list:
-    consts, carries = eqn.params['num_consts'], eqn.params['num_carry']
+    consts, carries = scan_operands(eqn)
     length = eqn.params['length']
     body = open_jaxpr(eqn.params['jaxpr'])[0]
 
     def inside(i, status):
-      if isinstance(status, Derived) or (
-        isinstance(status, View) and consts <= i < consts + carries
-      ):
-        self.mark_direct(status, 'scan, as a carry or after a computation')
-        return EXAMPLE
-      if not isinstance(status, View):
-        return status
-      sliced = i >= consts
-      chain = (*status.chain, SLICED_BY_SCAN) if sliced else status.chain
-      return View(status.leaf, chain, (*status.loops, Loop(sliced, length)))
+      carried = consts <= i < consts + carries
+      if isinstance(status, View) and not carried:
+        sliced = i >= consts
+        chain = (*status.chain, SLICED_BY_SCAN) if sliced else status.chain
+        return View(status.leaf, chain, (*status.loops, Loop(sliced, length)))
+      self.mark_direct(status, None)
+      return Derived(frozenset([status.leaf])) if isinstance(status, View) else status
 
     ins = [inside(i, s) for i, s in enumerate(ins)]
     if any(isinstance(s, View) for s in ins):
       self.entered.add(path)
     # What the carry depends on is a fixed point; only the last visit counts.
     while True:
-      sites, remat = dict(self.sites), self.remat
+      before = dict(self.reasons), dict(self.sites), self.remat
       outs = self.visit(body, ins, path, loops)
-      for status in outs:
-        self.mark_direct(status, 'scan, as an output')
-      outs = [CONSTANT if s == CONSTANT else EXAMPLE for s in outs]
       carry = ins[consts : consts + carries]
-      grown = [EXAMPLE if EXAMPLE in pair else CONSTANT for pair in zip(carry, outs)]
+      grown = [old if old == new else EXAMPLE for old, new in zip(carry, outs)]
       if grown == carry:
-        return outs
+        break
       ins[consts : consts + carries] = grown
-      self.sites, self.remat = sites, remat
+      self.reasons, self.sites, self.remat = before
+    for status in outs:
+      self.mark_direct(status, None)
+    return [EXAMPLE if s == EXAMPLE else CONSTANT if s == CONSTANT else _derived([s]) for s in outs]
 
   def group_sites(self, shapes: list[tuple[int, ...]]) -> tuple[tuple[Site, ...], ...]:
     """The sites of each parameter, those together whose norms have cross terms.
@@ -322,6 +331,20 @@ class _Search:
       else:
         groups += [tuple(group) for group in of_leaf.values()]
     return tuple(groups)
+
+
+def _derived(statuses) -> Derived:
+  leaves = {View: lambda s: {s.leaf}, Derived: lambda s: s.leaves}
+  found = [leaves[type(s)](s) for s in statuses if type(s) in leaves]
+  return Derived(frozenset().union(*found))
+
+
+def _parts(shape: tuple[int, ...], *, sizes: tuple[int, ...], axis: int):
+  """Parameters of the slices that a split takes."""
+  for size, end in zip(sizes, itertools.accumulate(sizes), strict=True):
+    start, limit = [0] * len(shape), list(shape)
+    start[axis], limit[axis] = end - size, end
+    yield dict(start_indices=tuple(start), limit_indices=tuple(limit), strides=None)
 
 
 def _site(eqn, ins: list, path: Path) -> Site | None:
