@@ -14,18 +14,19 @@ def attend(
   sees keys 0..t. There is no padding mask: in DP-Cap padding only carries no loss. The
   softmax is taken in at least float32. Source: Vaswani et al. 2017, section 3.2.
   """
-  split = lambda x: x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-  q_TxHxC, k_SxHxC, v_SxHxC = split(q_TxD), split(k_SxD), split(v_SxD)
+  # Heads in front: the two products then read contiguous matrices, which is faster.
+  split = lambda x: jnp.swapaxes(x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads), -2, -3)
+  q_HxTxC, k_HxSxC, v_HxSxC = split(q_TxD), split(k_SxD), split(v_SxD)
   softmax_dtype = jnp.promote_types(q_TxD.dtype, jnp.float32)
   scores_HxTxS = jnp.einsum(
-    '...thc,...shc->...hts',
-    q_TxHxC * q_TxHxC.shape[-1] ** -0.5,
-    k_SxHxC,
+    '...htc,...hsc->...hts',
+    q_HxTxC * q_HxTxC.shape[-1] ** -0.5,
+    k_HxSxC,
     preferred_element_type=softmax_dtype,
   )
   if causal:
     seen_TxS = jnp.tri(*scores_HxTxS.shape[-2:], dtype=bool)
     scores_HxTxS = jnp.where(seen_TxS, scores_HxTxS, jnp.finfo(softmax_dtype).min)
   weights_HxTxS = jax.nn.softmax(scores_HxTxS, axis=-1).astype(v_SxD.dtype)
-  out_TxHxC = jnp.einsum('...hts,...shc->...thc', weights_HxTxS, v_SxHxC)
-  return out_TxHxC.reshape(q_TxD.shape)
+  out_HxTxC = jnp.einsum('...hts,...hsc->...htc', weights_HxTxS, v_HxSxC)
+  return jnp.swapaxes(out_HxTxC, -2, -3).reshape(q_TxD.shape)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dpcap.models.attention import attend
 from dpcap.models.positions import text_positions
-from dpcap.models.vit import Dense, frozen
+from dpcap.models.vit import Dense, frozen, gelu
 
 
 class DecoderBlock(nn.Module):
@@ -38,7 +38,7 @@ class DecoderBlock(nn.Module):
     h_TxD = attend(q_TxD, *jnp.split(kv_Sx2D, 2, axis=-1), heads=self.heads, causal=False)
     x_TxD = norm(name='cross_norm')(x_TxD + dense(width, name='cross_out')(h_TxD))
 
-    h_Tx4D = nn.gelu(dense(4 * width, name='mlp_in')(x_TxD), approximate=False)
+    h_Tx4D = gelu(dense(4 * width, name='mlp_in')(x_TxD))
     return norm(name='mlp_norm')(x_TxD + dense(width, name='mlp_out')(h_Tx4D))
 
 

@@ -4,6 +4,7 @@ Modules here take one example or any leading axes; shape suffixes leave those ou
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,14 @@ from dpcap.models.positions import image_positions
 
 # The kernels of projections are Xavier uniform, also the fused ones (as one matrix).
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """x Phi(x) by the error function, as the reference implementation computes it.
+
+  `flax.linen.gelu` takes erfc, which is finer in the far tail and costs more than twice.
+  """
+  return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def patch_grid(image_shape: tuple[int, ...], patch_size: int) -> tuple[int, int]:
@@ -58,7 +67,7 @@ class EncoderBlock(nn.Module):
     x_TxD += dense(width, name='attention_out')(h_TxD)
 
     h_TxD = norm(name='mlp_norm')(x_TxD)
-    h_Tx4D = nn.gelu(dense(4 * width, name='mlp_in')(h_TxD), approximate=False)
+    h_Tx4D = gelu(dense(4 * width, name='mlp_in')(h_TxD))
     return x_TxD + dense(width, name='mlp_out')(h_Tx4D)
 
 

@@ -82,7 +82,10 @@ def squared_norm(
 
   first = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), units)
   at_once = max(1, MAX_TEMPORARY_BYTES // _temporary_bytes(sites, first))
-  norms = jax.lax.map(of_unit, units, batch_size=min(at_once, units[0][0].shape[0]))
+  if at_once >= units[0][0].shape[0]:
+    norms = jax.vmap(of_unit)(units)
+  else:
+    norms = jax.lax.map(of_unit, units, batch_size=at_once)
   return jax.tree.map(lambda y: jnp.sum(y.reshape(-1, batch), axis=0), norms)
 
 
@@ -330,7 +333,8 @@ def _product_norm(a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
   gram_a, gram_g = gram(a, a), gram(g, g)
   # jnp.diagonal would be a gather, which compiles and runs far slower.
   lengths = lambda gram: jnp.sqrt(gram.ravel()[:: tokens + 1])
-  return jnp.sum(gram_a * gram_g), jnp.sum(lengths(gram_a) * lengths(gram_g))
+  reach = jnp.dot(lengths(gram_a), lengths(gram_g), precision='highest')
+  return jnp.sum(gram_a * gram_g), reach
 
 
 def _lookup_norm(rows: jax.Array, g: jax.Array) -> jax.Array:

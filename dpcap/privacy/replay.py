@@ -61,7 +61,8 @@ def _replay(
       outs, recorded = enter(uses, at_site, eqn, ins, here, inner)
     else:
       params = eqn.primitive.get_bind_params(eqn.params)
-      with eqn.ctx.manager:  # settings of its own, such as where to compute it
+      # Settings of its own, such as where to compute it, and its place in the model for profiles.
+      with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack) or '.'):
         outs, recorded = eqn.primitive.bind(*ins, **params), {}
       if not eqn.primitive.multiple_results:
         outs = [outs]
