@@ -1,9 +1,9 @@
 """What makes training private; usable on its own, with any JAX model.
 
-A private step in full: draw a batch, sum its clipped gradients, add noise once,
-divide by the expected batch size.
+A private step in full, for a model that knows nothing of this project: draw a batch, sum
+its clipped gradients, add noise once, divide by the expected batch size.
 
->>> import jax, jax.numpy as jnp, numpy as np
+>>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
 >>> from dpcap import privacy
 >>> plan = privacy.calibrate(epsilon=1.0, dataset_size=1000, expected_batch_size=100,
 ...                          steps=50, delta=1e-3, clip_norm=1.0)
@@ -11,22 +11,51 @@ divide by the expected batch size.
 >>> sampler = plan.make_sampler(keys.sampling)
 >>> mechanism = plan.make_mechanism()
 >>> noise_key = keys.noise_key()
+>>> class Classifier(nn.Module):
+...   @nn.compact
+...   def __call__(self, image):
+...     x = nn.relu(nn.Conv(8, (3, 3), strides=2)(image))
+...     x = nn.LayerNorm()(x).reshape(*x.shape[:-3], -1, 8)
+...     x = x + nn.MultiHeadDotProductAttention(num_heads=2)(x)
+...     return nn.Dense(10)(x.mean(-2))
+>>> model = Classifier()
 >>> def loss_fn(params, example):  # one example in, one number out
-...   return (example['x'] @ params['w'] - example['y']) ** 2
->>> params = {'w': jnp.zeros(3)}
->>> x, y = np.random.normal(size=(1000, 3)), np.ones(1000)
+...   logits = model.apply(params, example['image'])
+...   return -jax.nn.log_softmax(logits)[example['label']]
+>>> images = np.random.normal(size=(1000, 8, 8, 1)).astype(np.float32)
+>>> data = {'image': images, 'label': np.random.randint(10, size=1000)}
+>>> params = model.init(jax.random.key(0), data['image'][0])
+>>> @jax.jit
+... def clipped_sum(params, batch, mask):
+...   return privacy.clipped_sum(loss_fn, params, batch, mask, clip_norm=plan.clip_norm)
 >>> noise_state = mechanism.init(noise_key, 0, params)
 >>> for step in range(2):
 ...   drawn = sampler.draw(step)
-...   batch = {'x': x[drawn], 'y': y[drawn]}
-...   clipped = privacy.clipped_sum(loss_fn, params, batch, clip_norm=plan.clip_norm)
-...   noisy, noise_state = mechanism.add_noise(noise_key, step, clipped.sum, noise_state)
+...   total = privacy.running_sum(params)
+...   for start in range(0, len(drawn), 32):  # physical batches of one size: compiled once
+...     index = np.resize(drawn[start : start + 32], 32)
+...     mask = np.arange(32) < len(drawn) - start
+...     batch = jax.tree.map(lambda x: x[index], data)
+...     total = total.add(clipped_sum(params, batch, mask).sum)
+...   noisy, noise_state = mechanism.add_noise(noise_key, step, total.value(), noise_state)
 ...   params = jax.tree.map(lambda p, g: p - 0.1 * g / plan.expected_batch_size, params, noisy)
->>> params['w'].shape
+>>> params['params']['Dense_0']['kernel'].shape
+(8, 10)
+
+No layer is known to `clipped_sum` by name: it reads the trace of `loss_fn`, and the gradients
+of single examples are never formed for what is a matrix product, a convolution or a lookup
+there. Parameters used in any other way are clipped by vmap, and a warning names them where
+that is costly. Several views of one example (augmentation multiplicity) are one unit when the
+loss of one example is the mean over its views:
+
+>>> def loss_of_views(params, example):  # example['image']: (views, 8, 8, 1)
+...   view = lambda image: loss_fn(params, example | {'image': image})
+...   return jnp.mean(jax.vmap(view)(example['image']))
+>>> two = {'image': images[:6].reshape(3, 2, 8, 8, 1), 'label': data['label'][:3]}
+>>> privacy.clipped_sum(loss_of_views, params, two, clip_norm=1.0).norms.shape
 (3,)
 
-In a real run pad the drawn batch to a fixed size and pass `mask`, so that the
-step compiles once.
+`privacy.check_clipping` compares the result with plain vmap, for a model of your own.
 """
 
 from dpcap.privacy.accounting import ACCOUNTANTS

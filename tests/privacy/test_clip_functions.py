@@ -1,0 +1,54 @@
+"""Clip functions: what they compute, and that no scaled norm is above C."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpcap import privacy
+
+FUNCTIONS = [privacy.Clip(), privacy.Automatic(), privacy.Automatic(gamma=5.0)]
+
+
+@pytest.mark.parametrize('function', FUNCTIONS, ids=str)
+@pytest.mark.parametrize('clip_norm', [1e-6, 1.0, 1e6])
+def test_a_scaled_norm_is_at_most_clip_norm(rng, function, clip_norm):
+  norms = np.float32(np.concatenate([[0, clip_norm], 10 ** rng.uniform(-12, 15, 1000)]))
+  factors = np.asarray(jax.jit(lambda n: function(n, clip_norm))(norms), np.float64)
+  assert np.all(factors >= 0) and np.all(np.isfinite(factors))
+  assert np.max(factors * norms) <= clip_norm * (1 + 3e-7)
+
+
+def test_clip_leaves_small_gradients_and_scales_large_ones_to_clip_norm(rng):
+  norms = np.float32(10 ** rng.uniform(-3, 3, 100))
+  np.testing.assert_allclose(privacy.Clip()(norms, 2.0), np.minimum(1, 2 / norms), rtol=1e-6)
+
+
+def test_automatic_is_clip_norm_over_norm_plus_gamma(rng):
+  norms = np.float32(10 ** rng.uniform(-3, 3, 100))
+  np.testing.assert_allclose(privacy.Automatic(0.5)(norms, 2.0), 2 / (norms + 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize('gamma', [0.0, -1.0, float('inf'), float('nan')])
+def test_gamma_must_be_positive_and_finite(gamma):
+  with pytest.raises(ValueError, match='gamma is .*positive'):
+    privacy.Automatic(gamma)
+
+
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+def test_the_sum_is_scaled_by_the_factors_that_come_back(rng, strategy):
+  loss_fn = lambda params, x: params @ x
+  params, batch = np.zeros(3, np.float32), np.float32(rng.normal(size=(6, 3)))
+  mask = np.arange(6) != 2
+  result = privacy.clipped_sum(
+    loss_fn,
+    params,
+    batch,
+    mask,
+    clip_norm=0.7,
+    clip_function=privacy.Automatic(),
+    strategy=strategy,
+  )
+  norms = np.linalg.norm(batch, axis=1) * mask
+  np.testing.assert_allclose(result.norms, norms, rtol=1e-6)
+  np.testing.assert_allclose(result.factors, mask * 0.7 / (norms + 0.01), rtol=1e-5)
+  np.testing.assert_allclose(result.sum, np.asarray(result.factors) @ batch, rtol=1e-5, atol=1e-6)
