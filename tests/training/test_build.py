@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from configs import dpcap, dpcap_batch200k, dpcap_epsilon2, dpcap_less_data
+from dpcap import privacy
 from dpcap.errors import UserError
 from dpcap.training import build
 from tests import tiny
@@ -58,3 +60,22 @@ def test_declared_and_true_size_must_agree():
   config.data.dataset_size = 401
   with pytest.raises(UserError, match='data.dataset_size is 401.*400 records'):
     build.make_training_source(config)
+
+
+def test_clip_functions_are_made_with_their_settings():
+  config = tiny.get_config()
+  assert build.make_clip_function(config) == privacy.Clip()
+  config.privacy.clip_function = 'automatic'
+  assert build.make_clip_function(config) == privacy.Automatic()
+  config.privacy.gamma = 0.5
+  assert build.make_clip_function(config) == privacy.Automatic(gamma=0.5)
+
+
+def test_synthetic_examples_have_the_shapes_of_real_ones():
+  config = tiny.get_config()
+  examples = build.synthetic_examples(config, vocab_size=50, count=3)
+  assert examples.image.shape == (3, 16, 16, 3) and examples.image.dtype == np.uint8
+  assert examples.tokens.shape == (3, 8) and examples.tokens.dtype == np.int32
+  assert 0 <= examples.tokens.min() and examples.tokens.max() < 50
+  # Some padding, and targets before it.
+  assert np.all(examples.tokens[:, -1] == 0) and np.all(np.any(examples.tokens[:, 1:] > 0, axis=1))

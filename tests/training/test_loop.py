@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dpcap.errors import UserError
+from dpcap.privacy import clipping
 from dpcap.training import build, loop
 from dpcap.training import step as step_lib
 from dpcap.training.checkpoints import Checkpoints
@@ -369,6 +370,28 @@ def _refused(config, workdir, *parts):
   for part in parts:
     assert str(part) in str(e.value)
   assert '\n' not in str(e.value)
+
+
+def test_the_strategy_is_checked_before_anything_is_released(tmp_path, monkeypatch):
+  def halved(*args):
+    result = clipping.CLIPPING_STRATEGIES['vmap'](*args)
+    return result._replace(norms=result.norms / 2)
+
+  monkeypatch.setitem(clipping.CLIPPING_STRATEGIES, 'bookkeeping', halved)
+  config = _config(privacy__check_clipping=True, train__steps=2)
+  with pytest.raises(UserError, match="privacy.clipping: .*'bookkeeping' differs from vmap by 0.5"):
+    loop.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'config.json').exists()
+  config.privacy.check_clipping = False
+  assert loop.train(config, tmp_path / 'run').step == 2
+
+
+def test_the_statement_says_what_auto_chose(tmp_path):
+  config = _config(privacy__check_clipping=True, privacy__clip_function='automatic', train__steps=2)
+  loop.train(config, tmp_path / 'run')
+  statement = json.loads((tmp_path / 'run' / 'privacy.json').read_text())
+  assert statement['clipping'] == 'bookkeeping'
+  assert statement['clip_function'] == 'Automatic(gamma=0.01)'
 
 
 def test_bad_runs_are_refused_in_one_line(tmp_path, reference):

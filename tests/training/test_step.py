@@ -34,11 +34,11 @@ def _plan(noise_multiplier=_SIGMA, **changes):
 
 
 @functools.cache
-def _make(plan):
+def _make(plan, clipping='auto', clip_function=privacy.Clip()):
   optimizer = optax.sgd(1.0)
   model = Tiny()
   state = step_lib.init_state(model, optimizer, 4, 3, seed=0)
-  step = step_lib.make_step(model, optimizer, plan, 'vmap')
+  step = step_lib.make_step(model, optimizer, plan, clipping, clip_function)
   return step, jax.device_get(state)
 
 
@@ -86,13 +86,28 @@ def _close(a, b, tolerance=2e-6):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), a, b)
 
 
+@pytest.mark.parametrize('clipping', privacy.CLIPPING_STRATEGIES)
 @pytest.mark.parametrize('physical', [1, 4, 24])
-def test_accumulated_sum_equals_direct_sum_for_any_physical_batch(rng, physical):
-  step, state = _make(_plan())
+def test_accumulated_sum_equals_direct_sum_for_any_physical_batch(rng, physical, clipping):
+  step, state = _make(_plan(), clipping)
   examples, mask = _examples(rng), rng.random(_BATCH) < 0.8
   accumulator = _accumulate(step, state, examples, mask, physical)
   _close(accumulator.sum.value(), _direct_sum(state, examples, mask), 2e-5)
   assert accumulator.examples == mask.sum()
+
+
+def test_clipped_examples_are_those_that_were_scaled_down(rng):
+  examples, mask = _examples(rng), np.arange(_BATCH) < 20
+  for clip_norm, count in ((1e-3, 20), (1e6, 0)):
+    step, state = _make(_plan(clip_norm=clip_norm))
+    assert _accumulate(step, state, examples, mask, 4).clipped == count
+
+
+def test_automatic_clipping_gives_every_example_nearly_clip_norm(rng):
+  step, state = _make(_plan(), clip_function=privacy.Automatic(gamma=1e-6))
+  accumulator = _accumulate(step, state, _examples(rng), np.arange(_BATCH) < 1, 1)
+  squares = [np.sum(np.square(g)) for g in jax.tree.leaves(accumulator.sum.value())]
+  assert np.sqrt(sum(squares)) == pytest.approx(_CLIP, rel=1e-4)
 
 
 def test_physical_batches_past_live_are_not_looked_at(rng):
