@@ -54,7 +54,8 @@ class Automatic:
       raise ValueError(f'gamma is {self.gamma}; it must be positive and finite')
 
   def __call__(self, norms: jax.Array, clip_norm: float) -> jax.Array:
-    return clip_norm / (norms + self.gamma)
+    # Past the largest float, times a gradient of zeros, it would be NaN.
+    return jnp.minimum(clip_norm / (norms + self.gamma), jnp.finfo(norms.dtype).max)
 
 
 CLIP_FUNCTIONS = {'clip': Clip, 'automatic': Automatic}

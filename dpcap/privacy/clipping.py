@@ -22,6 +22,15 @@ added in float32, whose rounding is relative to the sum, not to C. Edge cases:
 | largest float (about 1.8e19 in float32)  | parameter                      |
 | masked out (padding, undecodable record) | exactly zero                   |
 
+In `bookkeeping` and `ghost` the same goes for the activations and output gradients that
+norms are taken from, where they are past 1e19 in float32. Rounding is bounded as it comes out
+in products of ordinary data; an adversary who chose each mantissa could gain more than
+the margin in products over several thousand inputs or tens of thousands of tokens, where a
+sum may at worst be off by its length times the unit roundoff, as in `vmap` too.
+
+Inside `jax.shard_map` these two need `check_vma=False`: the loss is traced before it is known to
+vary over devices.
+
 Strategies, cost in floating-point operations where a plain training step has 3:
 
 | strategy      | backward passes     | per-example gradients held     | operations    |
@@ -51,7 +60,7 @@ from dpcap.privacy import factored
 from dpcap.privacy.clip_functions import Clip, ClipFunction
 from dpcap.privacy.factored import at_least_float32
 from dpcap.privacy.replay import replay
-from dpcap.privacy.uses import Path, Site, find_uses
+from dpcap.privacy.uses import FLOATS, Path, Site, find_uses
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
@@ -109,7 +118,8 @@ def clipped_sum(
     A ClippedSum, whose `sum` has the L2 sensitivity stated in the module docstring.
 
   Raises:
-    ValueError: if clip_norm is out of range, or the strategy is unknown.
+    ValueError: if clip_norm is out of range, the strategy is unknown, a parameter is no
+      16, 32 or 64 bit float, or mask and batch are not (B,) bool and (B, ...).
   """
   if not SMALLEST_CLIP_NORM <= clip_norm < float('inf'):
     raise ValueError(
@@ -117,13 +127,18 @@ def clipped_sum(
     )
   if strategy not in ('auto', *CLIPPING_STRATEGIES):
     raise ValueError(f'clipping is {strategy!r}; allowed: auto, {", ".join(CLIPPING_STRATEGIES)}')
-  if mask is None:
-    mask = jnp.ones(jax.tree.leaves(batch)[0].shape[0], bool)
   batch = jax.tree.map(jnp.asarray, batch)
+  mask = _checked_mask(mask, batch)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if jnp.result_type(leaf) not in FLOATS:
+      raise ValueError(
+        f'parameter {jax.tree_util.keystr(path, simple=True, separator="/")} is'
+        f' {jnp.result_type(leaf)}; allowed: {", ".join(map(str, FLOATS))}'
+      )
   factors = lambda norms: clip_function(norms, clip_norm)
   if strategy == 'auto':
     strategy = choose_strategy(loss_fn, params, batch)
-  return CLIPPING_STRATEGIES[strategy](loss_fn, params, batch, jnp.asarray(mask), factors)
+  return CLIPPING_STRATEGIES[strategy](loss_fn, params, batch, mask, factors)
 
 
 def choose_strategy(loss_fn: LossFn, params: PyTree, batch: PyTree) -> str:
@@ -176,6 +191,7 @@ def _bookkeeping(loss_fn, params, batch, mask, factor_of) -> ClippedSum:
       lambda direct, slots: losses_of(direct, slots, batch), direct, slots, has_aux=True
     )
     direct_grads, gs = backward(jnp.ones_like(losses))
+    xs, gs = factored.settled(xs), factored.settled(gs)
 
     norms, bounds = _norms(uses, xs, gs, direct_grads)
     factors = jnp.where(mask, factor_of(bounds), 0.0)
@@ -239,6 +255,7 @@ def _ghost(loss_fn, params, batch, mask, factor_of) -> ClippedSum:
       has_aux=True,
     )
     _, direct_grads, gs, alone_norms = backward((jnp.ones_like(losses), weights))
+    xs, gs = factored.settled(xs), factored.settled(gs)
     norms, bounds = _norms(uses, xs, gs, direct_grads, factored.SquaredNorm(*alone_norms))
     factors = jnp.where(mask, factor_of(bounds), 0.0)
     # All ones again: the same gradients, which sites then weigh. That they depend on factors
@@ -298,9 +315,11 @@ def _observed(site: Site) -> Callable:
       (dx_B,) = jax.vjp(lambda x_B: jax.vmap(site.apply, (0, None))(x_B, w), x_B)[1](g_B)
     else:
       dx_B = np.zeros(x_B.shape, jax.dtypes.float0)
+    x_B, g_B = factored.settled((x_B, g_B))
     dw = factored.weighted_view(site, x_B, g_B, weights_B).astype(w.dtype)
     if norm_B is not None:
-      norm_B = list(factored.squared_norm([site], [x_B], [g_B]))
+      squared = factored.squared_norm([site], [x_B], [g_B])
+      norm_B = [of_site.astype(total.dtype) for of_site, total in zip(squared, norm_B)]
     return dx_B, dw, norm_B
 
   on_batch.defvjp(forward, backward)
@@ -335,7 +354,10 @@ def _slot(site: Site, size: int) -> jax.Array:
 
 
 def _norms(uses, xs, gs, direct_grads, alone=None) -> tuple[jax.Array, jax.Array]:
-  """(B,) gradient norms, and what they are at most, rounding of sums included."""
+  """(B,) gradient norms, and what they are at most, rounding of sums included.
+
+  Neither is finite where the other is not.
+  """
   parts = [
     factored.squared_norm(group, [xs[s.path] for s in group], [gs[s.path] for s in group])
     for group in uses.groups
@@ -350,7 +372,7 @@ def _norms(uses, xs, gs, direct_grads, alone=None) -> tuple[jax.Array, jax.Array
   # A sum of Gram products may fall below zero by rounding.
   value = jnp.maximum(value, 0) + squares
   bounds = jnp.sqrt(value + lost) + jnp.sqrt(rounding)
-  return jnp.sqrt(value), bounds
+  return jnp.where(jnp.isfinite(bounds), jnp.sqrt(value), bounds), bounds
 
 
 def _squares(leaves) -> jax.Array:
@@ -411,6 +433,18 @@ def _without_unusable(attempt, batch: PyTree, mask: jax.Array) -> ClippedSum:
   return jax.lax.while_loop(lambda state: state[2], try_once, state)[0]
 
 
+def _checked_mask(mask, batch: PyTree) -> jax.Array:
+  """`mask`, or all True; refuses one that does not fit the batch, where JAX would not."""
+  sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+  if len(sizes) != 1 or sizes == {()}:
+    raise ValueError(f'batch has leading axes {sorted(sizes)}; all leaves need the same one')
+  (shape,) = sizes
+  mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask)
+  if (mask.shape, mask.dtype) != (shape, bool):
+    raise ValueError(f'mask is {mask.dtype} {mask.shape}; it must be bool {shape}')
+  return mask
+
+
 def plain_sum(
   loss_fn: LossFn,
   params: PyTree,
@@ -423,10 +457,9 @@ def plain_sum(
   with epsilon = infinity. Same arguments. A batch whose summed gradient is not finite
   contributes zero as a whole. `norms` are NaN: they are not computed.
   """
-  if mask is None:
-    mask = jnp.ones(jax.tree.leaves(batch)[0].shape[0], bool)
-
-  used = _stand_in(jax.tree.map(jnp.asarray, batch), mask)
+  batch = jax.tree.map(jnp.asarray, batch)
+  mask = _checked_mask(mask, batch)
+  used = _stand_in(batch, mask)
 
   def total_loss(params):
     losses = jax.vmap(loss_fn, (None, 0))(params, used)

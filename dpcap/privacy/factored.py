@@ -31,6 +31,9 @@ from dpcap.privacy.uses import Site, base_permutation, roles, through_chain
 # Temporaries of the norms stay below this size.
 MAX_TEMPORARY_BYTES = 2**26
 
+# Smaller float32 products are zero.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
 
 class SquaredNorm(NamedTuple):
   """Of the gradient that some sites give an example; at least float32.
@@ -131,13 +134,30 @@ def weighted_view(site: Site, x_B: jax.Array, g_B: jax.Array, weights_B: jax.Arr
   return view.transpose(sorted(range(len(order)), key=lambda i: order[i]))
 
 
+def settled(ys):
+  """A tree of sites' arrays, those of less than 32 bits brought to values that stay.
+
+  XLA may leave out a rounding to a narrow type in one place and not in another: the sum
+  would then be of other values than the norms. What is left is bfloat16 or wider; weights
+  would take float16 below its smallest numbers. Rows counted in bytes become int32: XLA
+  adds up their gradients in wrong places.
+  """
+
+  def settle(y: jax.Array) -> jax.Array:
+    if y.dtype.itemsize >= 4:
+      return y
+    if jnp.issubdtype(y.dtype, jnp.integer):
+      return y.astype(jnp.int32)
+    info = jnp.finfo(y.dtype)
+    wide = jax.lax.reduce_precision(y.astype(jnp.float32), info.nexp, info.nmant)
+    return wide.astype(y.dtype) if y.dtype == jnp.bfloat16 else wide
+
+  return jax.tree.map(settle, ys)
+
+
 def _weigh(y_B: jax.Array, weights_B: jax.Array, dtype) -> jax.Array:
   """weights_b y_b, computed in at least float32, of type `dtype`."""
   wide = at_least_float32(y_B)
-  if y_B.dtype.itemsize < 4:
-    # XLA may leave out a rounding to y's type, and weigh another y than norms were taken of.
-    info = jnp.finfo(y_B.dtype)
-    wide = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
   return (wide * weights_B.reshape(weights_B.shape + (1,) * (y_B.ndim - 1))).astype(dtype)
 
 
@@ -284,12 +304,18 @@ def _squared_norm_of_unit(sites: Sequence[Site], parts: Sequence[_Products | _Ro
   ]
   rows = [part for part in parts if isinstance(part, _Rows)]
   dtype = functools.reduce(jnp.promote_types, [part.g.dtype for part in parts], jnp.float32)
-  value, reach, gram = jnp.zeros((), dtype), jnp.zeros((1,), dtype), bool(rows)
+  value, lost, reach = jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((1,), dtype)
+  gram = bool(rows)
   if products:
     a, g = (jnp.concatenate(ys, axis=1) for ys in zip(*products))
     gram |= _gram_is_cheaper(a.shape[1], a.shape[2], g.shape[2])
-    values, reach = jax.vmap(_product_norm)(a, g)
+    values, lengths_a, lengths_g = jax.vmap(_product_norm)(a, g)
     value += jnp.sum(values)
+    reach = jnp.sum(lengths_a * lengths_g, axis=1)
+    if gram:
+      # Products below the smallest number, which the other Gram matrix makes count.
+      vanished = lambda y, others: y.shape[2] * jnp.square(jnp.sum(others, axis=1))
+      lost += _TINY * jnp.sum(vanished(a, lengths_g) + vanished(g, lengths_a))
   if rows:
     row, h = (jnp.concatenate(ys) for ys in zip(*rows))
     h = at_least_float32(h)
@@ -297,6 +323,7 @@ def _squared_norm_of_unit(sites: Sequence[Site], parts: Sequence[_Products | _Ro
     reach += jnp.sum(_row_norms(h))
   if products and rows:
     value += 2 * jnp.sum(a[0][:, row] * _dot(g[0], h, (((1,), (1,)), ((), ()))))
+    lost += 2 * _TINY * h.size * jnp.sum(lengths_a)
   squared_reach = jnp.sum(jnp.square(reach))
   roundoff = lambda dtype: float(jnp.finfo(dtype).eps) / 2
   # Weighing rounds once, to the type of what is weighed, and summing a few times.
@@ -307,7 +334,7 @@ def _squared_norm_of_unit(sites: Sequence[Site], parts: Sequence[_Products | _Ro
   terms = 1 + 8 / max(tokens, 1) if gram else 0
   return SquaredNorm(
     value=value,
-    lost=terms * roundoff(dtype) * squared_reach,
+    lost=lost + terms * roundoff(dtype) * squared_reach,
     rounding=(once + 4 * roundoff(dtype)) ** 2 * squared_reach,
   )
 
@@ -316,8 +343,8 @@ def _gram_is_cheaper(tokens: int, inputs: int, outputs: int) -> bool:
   return tokens * (inputs + outputs) < inputs * outputs
 
 
-def _product_norm(a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """|a^T g|^2 and sum_t |a_t| |g_t|, for a (T, K) and g (T, O)."""
+def _product_norm(a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """|a^T g|^2, and |a_t| and |g_t| (T,), for a (T, K) and g (T, O)."""
   tokens, inputs = a.shape
   outputs = g.shape[1]
   if not _gram_is_cheaper(tokens, inputs, outputs):
@@ -325,16 +352,15 @@ def _product_norm(a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     value = _sum_in_blocks(
       lambda columns: jnp.sum(jnp.square(_dot(a, columns.T, over_tokens))), [g.T], inputs
     )
-    return value, jnp.sum(_row_norms(a) * _row_norms(g))
+    return value, _row_norms(a), _row_norms(g)
   gram = lambda x, y: _dot(x, y, (((1,), (1,)), ((), ())))
   if _rows_in_a_block(tokens) < tokens:
     value = _sum_in_blocks(lambda x, y: jnp.sum(gram(x, a) * gram(y, g)), [a, g], tokens)
-    return value, jnp.sum(_row_norms(a) * _row_norms(g))
+    return value, _row_norms(a), _row_norms(g)
   gram_a, gram_g = gram(a, a), gram(g, g)
   # jnp.diagonal would be a gather, which compiles and runs far slower.
-  lengths = lambda gram: jnp.sqrt(gram.ravel()[:: tokens + 1])
-  reach = jnp.dot(lengths(gram_a), lengths(gram_g), precision='highest')
-  return jnp.sum(gram_a * gram_g), reach
+  lengths = lambda gram, size: _length(gram.ravel()[:: tokens + 1], size)
+  return jnp.sum(gram_a * gram_g), lengths(gram_a, inputs), lengths(gram_g, outputs)
 
 
 def _lookup_norm(rows: jax.Array, g: jax.Array) -> jax.Array:
@@ -348,7 +374,12 @@ def _lookup_norm(rows: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _row_norms(y: jax.Array) -> jax.Array:
-  return jnp.linalg.norm(at_least_float32(y), axis=-1)
+  return _length(jnp.sum(jnp.square(at_least_float32(y)), axis=-1), y.shape[-1])
+
+
+def _length(squares: jax.Array, size: int) -> jax.Array:
+  """At least the length of a vector of `size` numbers whose squares add up to this."""
+  return jnp.sqrt(squares + size * _TINY)
 
 
 def _rows_in_a_block(row_entries: int) -> int:

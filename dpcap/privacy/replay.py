@@ -49,6 +49,9 @@ def _replay(
   for i, eqn in enumerate(jaxpr.eqns):
     here = (*path, i)
     ins = [read(v) for v in eqn.invars]
+    if eqn.primitive is p.stop_gradient_p:
+      # Of a parameter, whose cast was left to the sites.
+      ins = [x.astype(v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)]
     if here in uses.sites:
       site = uses.sites[here]
       out, record = at_site(site, ins[site.x], ins[site.w], slots.get(here))

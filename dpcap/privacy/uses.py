@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives as p
@@ -40,6 +41,9 @@ class Op(NamedTuple):
 
 
 SLICED_BY_SCAN = Op(None)
+
+# Types of parameters, and of products whose norms are known to be right.
+FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 
 
 class Loop(NamedTuple):
@@ -144,8 +148,10 @@ def find_uses(loss_fn: Callable, params: PyTree, example: PyTree) -> Uses:
   jaxpr = jax.make_jaxpr(loss_fn)(params, example)
   named = jax.tree_util.tree_leaves_with_path(params)
   reasons: dict[int, str | None] = {}  # why a parameter is direct; None: naturally
+  # A parameter without entries has no gradient to factor.
+  reasons |= {i: None for i, (_, leaf) in enumerate(named) if not np.prod(leaf.shape)}
   while True:
-    search = _Search(dict(reasons))
+    search = _Search([leaf.dtype for _, leaf in named], dict(reasons))
     statuses = [EXAMPLE if i in reasons else View(i) for i in range(len(named))]
     statuses += [EXAMPLE] * (len(jaxpr.jaxpr.invars) - len(named))
     outputs = search.visit(jaxpr.jaxpr, statuses, (), ())
@@ -217,7 +223,8 @@ def scan_operands(eqn: core.JaxprEqn) -> tuple[int, int]:
 class _Search:
   """One pass over a jaxpr; `reasons` grows by the parameters found to be direct."""
 
-  def __init__(self, reasons: dict[int, str | None]):
+  def __init__(self, dtypes: list[np.dtype], reasons: dict[int, str | None]):
+    self.dtypes = dtypes
     self.reasons = reasons
     self.sites: dict[Path, Site] = {}
     self.entered: set[Path] = set()
@@ -266,10 +273,8 @@ class _Search:
     view, primitive = ins[0], eqn.primitive
     if isinstance(view, View) and len(ins) == 1:
       before, after = eqn.invars[0].aval, eqn.outvars[0].aval
-      floats = all(jax.numpy.issubdtype(a.dtype, jax.numpy.floating) for a in (before, after))
-      if primitive is p.convert_element_type_p and floats:
-        self.casts.add(path)
-        return [view]
+      if primitive is p.convert_element_type_p:
+        return self._cast(view, before.dtype, after.dtype, path)
       spreads = primitive is p.broadcast_in_dim_p and before.size != after.size
       if primitive in _SELECTIONS and not spreads:
         return [view.then(primitive, **eqn.params)]
@@ -278,6 +283,16 @@ class _Search:
     for status in ins:
       self.mark_direct(status, None)
     return [_derived(ins)] * len(eqn.outvars)
+
+  def _cast(self, view: View, before: np.dtype, after: np.dtype, path: Path) -> list:
+    """Casts are left out where the last one alone, at the site, gives the same."""
+    nothing_lost = jnp.promote_types(before, self.dtypes[view.leaf]) == before
+    if after in FLOATS and nothing_lost:
+      self.casts.add(path)
+      return [view]
+    has_gradient = jnp.issubdtype(after, jnp.floating)
+    self.mark_direct(view, f'a cast from {before} to {after}' if has_gradient else None)
+    return [_derived([view])]
 
   def _scan(self, eqn, ins: list, path: Path, loops: tuple[Loop, ...]) -> list:
     consts, carries = scan_operands(eqn)
@@ -353,6 +368,9 @@ def _site(eqn, ins: list, path: Path) -> Site | None:
   if len(ins) != 2 or len(views) != 1 or EXAMPLE not in ins:
     return None
   site = Site(path, ins[views[0]], eqn, views[0])
+  fed = eqn.outvars if eqn.primitive is p.gather_p else [eqn.invars[site.x], *eqn.outvars]
+  if any(v.aval.dtype not in FLOATS for v in fed):
+    return None
   known = {
     p.dot_general_p: lambda: True,
     p.conv_general_dilated_p: lambda: site.w == 1 and eqn.params['batch_group_count'] == 1,
@@ -452,6 +470,6 @@ def _disjoint(chains: list[tuple[Op, ...]], shape: tuple[int, ...]) -> bool:
   if size > _LARGEST_COMPARED:
     return False
   with jax.ensure_compile_time_eval():
-    entries = jax.numpy.arange(size).reshape(shape)
+    entries = jnp.arange(size).reshape(shape)
     seen = [np.asarray(through_chain(chain, entries)).ravel() for chain in chains]
   return all(not np.intersect1d(a, b).size for a, b in itertools.combinations(seen, 2))
