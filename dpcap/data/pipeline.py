@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from dpcap.data import image as image_ops
-from dpcap.data.source import BadRecord, Source, check_caption
+from dpcap.data.source import BadRecord, Source, check_caption, read_each
 from dpcap.data.text import Tokenizer
 from dpcap.errors import UserError
 
@@ -175,10 +175,12 @@ class LogicalBatches:
     tokens = np.zeros((self.chunk_size, length), np.int32)
     mask = np.zeros(self.chunk_size, bool)
     reasons = []
-    for i, index in enumerate(indices):
+    indices = indices.tolist()
+    for i, (index, record) in enumerate(zip(indices, read_each(self.source, indices))):
       try:
-        record = self.source[int(index)]
-        images[i], tokens[i] = self.transform(record, self.augmentation_rng(step, int(index)))
+        if isinstance(record, BadRecord):
+          raise record
+        images[i], tokens[i] = self.transform(record, self.augmentation_rng(step, index))
         mask[i] = True
       except BadRecord as bad:
         reasons.append(f'record {index}: {bad}')
@@ -278,9 +280,10 @@ class EvaluationBatches:
     size = self.transform.image_size
     images = np.zeros((len(indices), size, size, 3), np.uint8)
     labels = np.full(len(indices), -1)
-    for i, index in enumerate(indices):
+    for i, record in enumerate(read_each(self.source, indices)):
+      if isinstance(record, BadRecord):
+        continue
       try:
-        record = self.source[index]
         images[i], labels[i] = self.transform.view(record['image']), record['label']
       except BadRecord:
         continue
