@@ -72,8 +72,10 @@ def iterate_files(
     if kind == _SPARSE:
       raise TarDamage(f'member {name} at byte {position} is sparse, which is not supported')
     position = data if kind in _WITHOUT_DATA else data + size + -size % BLOCK
-    if data + size > archive_size and position > data:
-      raise TarDamage(f'truncated: it has {archive_size} bytes, member {name} needs {data + size}')
+    if position > archive_size:
+      raise TarDamage(
+        f'truncated: it has {archive_size} bytes, member {name} needs them up to {position}'
+      )
 
     if extended:
       if size > _MAX_EXTENDED:

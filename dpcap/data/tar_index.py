@@ -62,6 +62,7 @@ class Index(NamedTuple):
     labels: values of `Wanted.label_key` found, sorted.
     problem: '', or why the shard is left out.
     state: see `state_of`.
+    new: whether the shard was read for it now.
   """
 
   shard: str
@@ -71,6 +72,7 @@ class Index(NamedTuple):
   labels: tuple[str, ...]
   problem: str
   state: str
+  new: bool = False
 
 
 def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
@@ -169,13 +171,27 @@ def index_shard(shard: str, wanted: Wanted, index_dir: str | os.PathLike | None 
   for file in files:
     try:
       _save(file, table, meta)
-      return Index(shard, file, len(table), size, labels, problem, digest)
+      return Index(shard, file, len(table), size, labels, problem, digest, new=True)
     except OSError as error:
       reason = error
   raise UserError(
     f'index of shard {shard}: cannot be written to {files[-1]} ({reason});'
     f' expected a writable index_dir'
   )
+
+
+def try_index_shard(
+  shard: str, wanted: Wanted, index_dir: str | os.PathLike | None = None
+) -> Index:
+  """As `index_shard`, but a shard that cannot be read is a problem like damage, for now.
+
+  Raises:
+    UserError: the index cannot be written anywhere.
+  """
+  try:
+    return index_shard(shard, wanted, index_dir)
+  except StoreError as error:
+    return Index(shard, '', 0, 0, (), f'cannot be read: {error.strerror}', '')
 
 
 def state_of(shard: str, wanted: Wanted) -> tuple[int, str]:

@@ -32,7 +32,7 @@ def write(file: str, indexes: Sequence[Index], wanted: Wanted) -> None:
     'examples': sum(index.count for index in used),
     'bytes': sum(index.size for index in used),
     'wanted': wanted._asdict(),
-    'shards': [index._asdict() for index in used],
+    'shards': [index._replace(new=False)._asdict() for index in used],
     'left_out': {index.shard: index.problem for index in indexes if not index.count},
   }
   write_whole(file, (json.dumps(content, indent=1) + '\n').encode())
