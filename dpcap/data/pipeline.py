@@ -98,15 +98,12 @@ class Transform:
     """
     size = self.image_size
     if self.crop_scale is not None:
-      # The shortest side of the smallest crop, whose aspect may be 3 : 4.
-      least_crop = size / math.sqrt(self.crop_scale[0] * 0.75)
-      array = image_ops.random_resized_crop(
-        image_ops.decode(image, math.ceil(least_crop)), size, rng, self.crop_scale
-      )
+      opened = image_ops.open_image(image)
+      array = image_ops.random_resized_crop(opened, size, rng, self.crop_scale)
     elif isinstance(image, np.ndarray) and image.shape == (size, size, 3):
       array = image
     else:
-      array = image_ops.resize_center_crop(image_ops.decode(image), size)
+      array = image_ops.resize_center_crop(image_ops.open_image(image), size)
     return image_ops.random_flip(array, rng) if self.flip else array
 
 
