@@ -81,6 +81,14 @@ SECTIONS = {
       optional=True,
     ),
     'workers': Key(int, 1, 'processes that load data; 0: none', check=_NOT_NEGATIVE, fixed=False),
+    'worker_timeout_s': Key(
+      float,
+      data.WORKER_TIMEOUT_S,
+      'a process that gives nothing for so many seconds has hung: the run ends; None: never',
+      check=_POSITIVE,
+      optional=True,
+      fixed=False,
+    ),
   },
   'privacy': {
     'adjacency': Key(str, 'zero_out', 'what neighbouring data sets are', ('zero_out',)),
