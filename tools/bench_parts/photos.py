@@ -11,7 +11,7 @@ _WORDS = 'a the small red large blue square circle left of above and photo with 
 
 
 def make_jpeg(rng: np.random.Generator) -> bytes:
-  """A JPEG of quality 85 and 300 to 800 px a side, 30 to 150 kB.
+  """A JPEG of quality 85 and 300 to 800 px a side, some 50 kB.
 
   Its structure is that of photographs: amplitudes fall with about the inverse of the frequency,
   and colours vary less than brightness.
