@@ -81,6 +81,14 @@ SECTIONS = {
       optional=True,
     ),
     'workers': Key(int, 1, 'processes that load data; 0: none', check=_NOT_NEGATIVE, fixed=False),
+    'worker_timeout_s': Key(
+      float,
+      data.WORKER_TIMEOUT_S,
+      'a process that gives nothing for so many seconds has hung: the run ends; None: never',
+      check=_POSITIVE,
+      optional=True,
+      fixed=False,
+    ),
   },
   'privacy': {
     'adjacency': Key(str, 'zero_out', 'what neighbouring data sets are', ('zero_out',)),
@@ -176,13 +184,18 @@ SOURCES = {
     'label': Key(str, 'color', 'what the label tells', tuple(data.SCENE_LABELS)),
   },
   'tar_shards': {
-    'path': Key(str, '', 'folder, glob, brace range or URL of the tar shards', check=_GIVEN),
+    'path': Key(
+      str,
+      '',
+      'folder, glob, brace range or URL of the tar shards, or a manifest of tools.index_shards',
+      check=_GIVEN,
+    ),
     'caption_key': Key(str, 'txt', "extension of the caption, or 'json:FIELD'"),
     'label_key': Key(str, None, 'field of the json with the label', optional=True),
     'index_dir': Key(
       str,
       None,
-      'where byte-offset indexes go; None: beside the shards',
+      'folder or URL where byte-offset indexes go; None: beside the shards',
       optional=True,
       fixed=False,
     ),

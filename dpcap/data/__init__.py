@@ -1,7 +1,15 @@
 """Where examples come from: sources, image operations, text, the batch pipeline."""
 
+from dpcap.data.byte_ranges import StoreError
 from dpcap.data.image import normalize
-from dpcap.data.pipeline import EvaluationBatches, Examples, LogicalBatches, Transform, iterate
+from dpcap.data.pipeline import (
+  WORKER_TIMEOUT_S,
+  EvaluationBatches,
+  Examples,
+  LogicalBatches,
+  Transform,
+  iterate,
+)
 from dpcap.data.scenes import LABELS as SCENE_LABELS
 from dpcap.data.scenes import VOCABULARY_FILE as SCENES_VOCABULARY
 from dpcap.data.scenes import Scenes
@@ -9,6 +17,7 @@ from dpcap.data.source import Source
 from dpcap.data.tar_shards import TarShards
 from dpcap.data.text import TOKENIZERS, Tokenizer, make_tokenizer
 from dpcap.data.tfds_source import TfdsSource
+from dpcap.errors import UserError
 
 __all__ = [
   'EvaluationBatches',
@@ -23,6 +32,7 @@ __all__ = [
   'TfdsSource',
   'Tokenizer',
   'Transform',
+  'WORKER_TIMEOUT_S',
   'iterate',
   'make_source',
   'make_tokenizer',
@@ -45,4 +55,7 @@ def make_source(name: str, image_size: int, **options) -> Source:
     return Scenes(image_size=image_size, **options)
   if name == 'tfds':
     return TfdsSource(**options)
-  return TarShards(**options)
+  try:
+    return TarShards(**options)
+  except StoreError as e:
+    raise UserError(f'{e.filename}: {e.strerror}') from e

@@ -7,6 +7,7 @@ raises `BadRecord` when it is read instead of leaving the count.
 """
 
 import codecs
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -53,6 +54,22 @@ class Source(Protocol):
       BadRecord: the record is damaged.
       IndexError: the index is not in [0, len(self)).
     """
+
+
+def read_each(source: Source, indices: Sequence[int]) -> Iterator[Record | BadRecord]:
+  """The record of each index in turn, or why it is bad.
+
+  A source may have a method `read_each(indices)` of its own, which knows all that a batch needs
+  and can fetch it ahead.
+  """
+  if hasattr(source, 'read_each'):
+    yield from source.read_each(indices)
+    return
+  for index in indices:
+    try:
+      yield source[index]
+    except BadRecord as bad:
+      yield bad
 
 
 def check_caption(caption: str | bytes | None) -> str:

@@ -164,7 +164,12 @@ class _Run:
     config, start = self._config, self.done
     with contextlib.ExitStack() as stack:
       stack.push(self._close_checkpoints)
-      self._elements = data.iterate(self._batches, start * self._batches.slots, config.data.workers)
+      self._elements = data.iterate(
+        self._batches,
+        start * self._batches.slots,
+        config.data.workers,
+        timeout_s=config.data.worker_timeout_s,
+      )
       stack.callback(self._elements.close)
       self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, start)
       stack.callback(self._metrics.close)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpcap.data import image as image_module
 from dpcap.data.image import (
   IMAGENET_MEAN,
   IMAGENET_STD,
   _draw_box,
   decode,
   normalize,
+  open_image,
   random_flip,
   random_resized_crop,
   resize_center_crop,
@@ -150,11 +152,105 @@ def test_arrays_pass_through():
   np.testing.assert_array_equal(np.asarray(decode(array)), array)
 
 
-def test_size_hint_shrinks_only_large_jpegs():
-  large = encode(photo(800, 1200), 'JPEG')
-  assert decode(large, size_hint=300).size == (400, 600)
-  assert decode(large, size_hint=500).size == (800, 1200)
-  assert decode(encode(photo(800, 1200), 'PNG'), size_hint=100).size == (800, 1200)
+# --- reduced scale --------------------------------------------------------------------
+
+
+def web_photo(width: int, height: int, seed: int = 0) -> Image.Image:
+  """Structure of every size, as photographs have: each octave half as strong as the one above."""
+  rng, image = np.random.default_rng(seed), 0
+  for octave in range(1, 9):
+    noise = rng.normal(128, 256 / 1.6**octave, (2**octave, 2**octave, 3)).clip(0, 255)
+    coarse = Image.fromarray(noise.astype(np.uint8))
+    layer = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    image = image + (np.asarray(layer, np.float32) - 128) * 0.5
+  return Image.fromarray((image + 128).clip(0, 255).astype(np.uint8))
+
+
+def loaded_sizes(monkeypatch) -> list[tuple[int, int]]:
+  """Sizes at which images get decoded from here on."""
+  sizes, to_rgb = [], image_module._to_rgb
+  monkeypatch.setattr(image_module, '_to_rgb', lambda x: sizes.append(x.size) or to_rgb(x))
+  return sizes
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_large_boxes_of_jpegs_are_decoded_smaller_and_look_the_same(seed, monkeypatch):
+  rng = np.random.default_rng(seed)
+  size = (int(rng.integers(150, 500)), int(rng.integers(150, 500)))
+  data = encode(web_photo(*size, seed), 'JPEG', quality=85, subsampling=2 * (seed % 2))
+  left, top, width, height = _draw_box(*size, np.random.default_rng(seed), (0.2, 1), (3 / 4, 4 / 3))
+  one, other = np.random.default_rng(seed), np.random.default_rng(seed)
+  expected = random_resized_crop(decode(data), 48, one)
+  sizes = loaded_sizes(monkeypatch)
+  crop = random_resized_crop(open_image(data), 48, other)
+  assert one.random() == other.random()  # what is drawn does not depend on it
+  reduced = round(size[0] / sizes[0][0])
+  # As far as the box allows, and no further.
+  assert width / reduced >= 48 and height / reduced >= 48
+  assert reduced == 8 or min(width, height) < 2 * reduced * 48
+  difference = np.abs(crop.astype(int) - expected)
+  if reduced == 1:
+    assert not difference.any()
+  else:
+    assert 0 < difference.mean() < 1.5 and difference.max() < 24
+
+
+def test_a_box_in_a_reduced_image_is_the_same_box(monkeypatch):
+  """Also where its edges lie between pixels of the reduced image."""
+  ramp = np.zeros((333, 477, 3), np.uint8)
+  ramp[..., 0] = np.linspace(0, 255, 477)
+  ramp[..., 1] = np.linspace(0, 255, 333)[:, None]
+  data = encode(Image.fromarray(ramp), 'JPEG', quality=98, subsampling=0)
+  sizes = loaded_sizes(monkeypatch)
+  for seed in range(20):
+    crop = random_resized_crop(open_image(data), 24, np.random.default_rng(seed)).astype(int)
+    whole = random_resized_crop(decode(data), 24, np.random.default_rng(seed))
+    # Half a pixel of the original is 0.3 here.
+    np.testing.assert_allclose(crop.mean((0, 1)), whole.mean((0, 1)), atol=0.35)
+  assert {round(477 / width) for width, _ in sizes} >= {1, 4, 8}
+
+
+@pytest.mark.parametrize(
+  'data',
+  [
+    encode(web_photo(450, 400), 'PNG'),
+    encode(web_photo(450, 400), 'WEBP', quality=80),
+    encode(web_photo(94, 94), 'JPEG'),
+    np.asarray(web_photo(450, 400)),
+  ],
+  ids=['PNG', 'WebP', 'small JPEG', 'array'],
+)
+def test_images_without_need_are_untouched(data):
+  for seed in range(5):
+    expected = random_resized_crop(decode(data), 48, np.random.default_rng(seed))
+    crop = random_resized_crop(open_image(data), 48, np.random.default_rng(seed))
+    np.testing.assert_array_equal(crop, expected)
+  np.testing.assert_array_equal(
+    resize_center_crop(open_image(data), 48), resize_center_crop(decode(data), 48)
+  )
+
+
+@pytest.mark.parametrize('short, reduced', [(215, 1), (216, 2), (431, 2), (432, 4), (900, 8)])
+def test_the_evaluation_view_keeps_twice_what_it_needs(short, reduced, monkeypatch):
+  data = encode(web_photo(short, 920), 'JPEG', quality=85)
+  expected = resize_center_crop(decode(data), 48)
+  sizes = loaded_sizes(monkeypatch)
+  difference = np.abs(resize_center_crop(open_image(data), 48).astype(int) - expected)
+  assert sizes == [(math.ceil(short / reduced), 920 // reduced)]
+  assert difference.mean() < 0.5 and difference.max() < 8
+  assert reduced > 1 or not difference.any()
+
+
+def test_damage_behind_the_header_is_found_at_any_scale():
+  data = encode(web_photo(400, 400), 'JPEG')[:6000]
+  opened = open_image(data)
+  assert opened.size == (400, 400)
+  for view in (
+    lambda: random_resized_crop(opened, 48, np.random.default_rng(0)),
+    lambda: resize_center_crop(open_image(data), 48),
+  ):
+    with pytest.raises(BadRecord, match='decoded'):
+      view()
 
 
 # --- crops ----------------------------------------------------------------------------

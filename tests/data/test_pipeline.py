@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import multiprocessing
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 
 from dpcap.data import pipeline
+from dpcap.data.byte_ranges import StoreError
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
+from dpcap.errors import UserError
 from dpcap.privacy.sampling import PoissonSampler, augmentation_generator
 
 _N = 500
@@ -196,3 +200,57 @@ def test_evaluation_batches_hold_all_images_in_order():
   np.testing.assert_array_equal(labels, expected)
   assert [len(p.images) for p in parts] == [64] * 7 + [_N - 7 * 64]
   assert parts[1].images[3, 0, 0, 1] == 67
+
+
+class Stuck(Numbered):
+  """Record 7 never comes; `where` as a source of shards has it."""
+
+  def __getitem__(self, index):
+    if index == 7:
+      time.sleep(1000)
+    return super().__getitem__(index)
+
+  def where(self, index):
+    return f'shard-{index // 100}.tar'
+
+
+class Failing(Numbered):
+  """From record 7 on the store is gone."""
+
+  def __getitem__(self, index):
+    if index >= 7:
+      raise StoreError(5, 'did not come in 6 attempts', 'gs://bucket/00003.tar')
+    return super().__getitem__(index)
+
+
+def _first_twenty(step):
+  del step
+  return np.arange(20)
+
+
+def test_a_hanging_worker_is_named_and_killed():
+  batches = _batches(source=Stuck(), draw=_first_twenty)
+  # Longer than a worker takes to start.
+  elements = pipeline.iterate(batches, 0, workers=1, timeout_s=10)
+  start = time.monotonic()
+  with pytest.raises(UserError) as error:
+    next(elements)
+  assert time.monotonic() - start < 20
+  assert re.search(
+    r'data worker 0 gave nothing for 10 s \(data.worker_timeout_s\).*record 7 of shard-0.tar;',
+    str(error.value),
+  )
+  assert not multiprocessing.active_children()
+  with pytest.raises(UserError, match='it was reading no record yet;'):
+    next(pipeline.iterate(batches, 0, workers=1, timeout_s=0.1))
+  assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_store_that_fails_ends_the_run_with_its_name(workers):
+  batches = _batches(source=Failing(), draw=_first_twenty, physical=4, per_chunk=1)
+  elements = pipeline.iterate(batches, 0, workers)
+  assert len(next(elements)) == 1
+  with pytest.raises(UserError, match=r'^gs://bucket/00003.tar: did not come in 6 attempts; the'):
+    next(elements)
+  elements.close()

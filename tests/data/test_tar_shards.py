@@ -1,7 +1,9 @@
 import io
 import json
 import os
+import pathlib
 import pickle
+import re
 import tarfile
 import time
 
@@ -11,7 +13,8 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from dpcap.data import tar_shards
+from dpcap.data import tar_index, tar_manifest, tar_shards
+from dpcap.data.byte_ranges import StoreError
 from dpcap.data.image import decode
 from dpcap.data.source import BadRecord, check_caption
 from dpcap.data.tar_shards import TarShards
@@ -165,17 +168,9 @@ def test_only_the_byte_ranges_are_read(folder, monkeypatch):
   }
   (folder / 'a.tar').write_bytes(tar_bytes(members))
   source, reads = TarShards(folder), []
-  local = type(fsspec.filesystem('file'))
-  cat_file = local.cat_file
-
-  def counted(fs, path, start, end):
-    reads.append(end - start)
-    return cat_file(fs, path, start, end)
-
-  monkeypatch.setattr(local, 'cat_file', counted)
+  pread = os.pread
+  monkeypatch.setattr(os, 'pread', lambda *where: reads.append(where[1]) or pread(*where))
   assert source[0]['caption'] == b'far' and reads == [len(jpeg(0)), 3]
-  reads.clear()
-  assert source[1]['caption'] == b'near' and len(reads) == 1 and reads[0] < 4096
 
 
 def test_pickled_into_another_process(folder):
@@ -200,6 +195,76 @@ def test_remote_shards(folder, tmp_path):
   assert len(list((tmp_path / 'cache' / 'dpcap').rglob('*.npz'))) == 2
 
 
+def test_read_each_gives_records_and_bad_ones_in_turn(folder):
+  remote = fsspec.filesystem('memory')
+  members = sample(0) | sample(1) | {'00001.json': b'{'} | sample(2)
+  for i in range(2):
+    remote.pipe_file(f'/bucket/{i}.tar', tar_bytes(members))
+  try:
+    source = TarShards('memory://bucket', caption_key='json:caption')
+    order = [5, 0, 1, 3, 2, 0]
+    records = list(source.read_each(order))
+    for index, record in zip(order, records, strict=True):
+      if index % 3 == 1:
+        assert isinstance(record, BadRecord) and 'json' in str(record)
+      else:
+        assert record == source[index] and record['image'] == jpeg(index % 3)
+    assert source.where(2).endswith('/0.tar') and source.where(3).endswith('/1.tar')
+  finally:
+    remote.rm('/bucket', recursive=True)
+
+
+# --- the manifest ---------------------------------------------------------------------
+
+
+def write_manifest(folder, **options) -> str:
+  wanted = tar_shards.make_wanted(
+    options.get('image_keys', tar_shards.IMAGE_KEYS), 'txt', options.get('label_key')
+  )
+  indexes = [tar_index.index_shard(shard, wanted) for shard in tar_index.find_shards(folder)]
+  tar_manifest.write(f'{folder}/all.json', indexes, wanted)
+  return f'{folder}/all.json'
+
+
+def test_a_manifest_settles_the_shards_before_the_run(folder, monkeypatch):
+  write_shard(folder / 'a.tar', range(3), label='x')
+  (folder / 'b.tar').write_bytes(b'damaged')
+  write_shard(folder / 'c.tar', range(5, 9), label='y')
+  manifest = write_manifest(folder, label_key='label')
+  assert len(json.loads(pathlib.Path(manifest).read_text())['left_out']) == 1
+  plain, labelled = TarShards(folder), TarShards(folder, label_key='label')
+  write_shard(folder / 'b.tar', [99])  # mended, but too late
+  monkeypatch.setattr(tar_shards, 'index_shard', lambda *_: pytest.fail('indexed again'))
+  source = TarShards(manifest)
+  assert len(source) == 7 and captions(source) == captions(plain)
+  assert source.fingerprint == plain.fingerprint
+  assert list(TarShards(manifest, label_key='label')) == list(labelled)
+  with pytest.raises(UserError, match='index_dir'):
+    TarShards(manifest, index_dir=folder)
+
+
+def test_a_manifest_of_other_members_or_shards_is_refused(folder):
+  write_shard(folder / 'a.tar', range(3))
+  manifest = write_manifest(folder)
+  for options, reason in [
+    ({'image_keys': ('png',)}, 'image_keys'),
+    ({'caption_key': 'json:caption'}, "caption_key 'txt', this config has ''"),
+    ({'label_key': 'label'}, 'label_key None'),
+  ]:
+    with pytest.raises(UserError, match=reason):
+      TarShards(manifest, **options)
+  assert len(TarShards(manifest, label_key='label', class_names=['even'])) == 3
+  write_shard(folder / 'a.tar', range(4))
+  with pytest.raises(UserError, match='a.tar changed after'):
+    TarShards(manifest)
+  for content in ('{}', '[]', 'x', '{"format": "other"}'):
+    pathlib.Path(manifest).write_text(content)
+    with pytest.raises(UserError, match='not a manifest'):
+      TarShards(manifest)
+  with pytest.raises(UserError, match='cannot be read'):
+    TarShards(folder / 'none.json')
+
+
 # --- labels ---------------------------------------------------------------------------
 
 
@@ -211,8 +276,10 @@ def test_collected_class_names(folder, monkeypatch):
   source = TarShards(folder, label_key='label')
   assert source.class_names == ('ant', 'zebra')
   assert [record['label'] for record in source] == [1, 1, 0, -1, -1]
-  monkeypatch.setattr(tar_shards, '_collect_labels', lambda *_: pytest.fail('read again'))
+  monkeypatch.setattr(tar_index, 'iterate_files', lambda *_: pytest.fail('read again'))
   assert TarShards(folder, label_key='label').class_names == ('ant', 'zebra')
+  assert TarShards(folder).class_names == ()
+  assert [record['label'] for record in source] == [1, 1, 0, -1, -1]
 
 
 def test_whole_numbers_sort_as_numbers(folder):
@@ -224,7 +291,7 @@ def test_whole_numbers_sort_as_numbers(folder):
 
 
 def test_given_class_names(folder, monkeypatch):
-  monkeypatch.setattr(tar_shards, '_collect_labels', lambda *_: pytest.fail('names are given'))
+  monkeypatch.setattr(tar_index, '_label', lambda *_: pytest.fail('names are given'))
   for i, label in enumerate(['b', 0, 'c', 2, None]):
     write_shard(folder / f'{i}.tar', [i], label=label)
   source = TarShards(folder, label_key='label', class_names=['a', 'b'])
@@ -252,59 +319,58 @@ def test_damaged_json_is_a_bad_record_only_where_it_is_needed(folder, damaged):
 # --- damaged shards -------------------------------------------------------------------
 
 
-def test_a_truncated_shard_keeps_its_complete_samples(folder, warnings):
+def test_a_damaged_shard_is_left_out_and_named(folder, warnings):
   whole = tar_bytes(sample(0) | sample(1) | {'00002.txt': b'x' * 5000, '00002.jpg': jpeg(2)})
   with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-    offsets = {member.name: member.offset_data for member in tar}
-  cuts = {
-    offsets['00002.txt'] + 100: 2,  # inside a member
-    offsets['00002.txt']: 2,  # between a header and its data
-    offsets['00002.jpg'] - 200: 2,  # inside a header: caption there, image gone
-    offsets['00001.txt'] + 3: 1,
-    offsets['00002.jpg'] + 1024: 3,  # nothing lost but the end marker
+    members = {member.name: member for member in tar}
+  end = members['00002.jpg'].offset_data + 512 * 2
+  start = members['00001.jpg'].offset
+  damages = {
+    'truncated: .* 00002.txt needs': whole[: members['00002.txt'].offset_data + 100],
+    'truncated: .* 00002.txt': whole[: members['00002.txt'].offset_data],
+    'truncated: .* inside a header': whole[: members['00002.jpg'].offset + 300],
+    f'damaged at byte {start}:': whole[:start] + b'\xa5' * 512 + whole[start + 512 :],
+    f'damaged at byte {len(whole)}:': whole + b'\xa5' * 512,
+    'damaged at byte 0:': b'<html>403 Forbidden</html>' * 100,
+    'holds no samples': tar_bytes({'README': b''}),
+    'no samples': b'',
   }
-  for number, (cut, kept) in enumerate(cuts.items()):
-    (folder / f'{number}.tar').write_bytes(whole[:cut])
-    warnings.clear()
-    source = TarShards(folder / f'{number}.tar')
-    assert captions(source)[:2] == [b'caption 0', b'caption 1'][:kept] and len(source) == kept
-    assert len(warnings) == (kept < 3)
-    if warnings:
-      assert f'{number}.tar' in warnings[0] and f'first {kept} samples are kept' in warnings[0]
-    for record in source:
-      decode(record['image'])
-
-
-def test_damage_inside_a_shard_is_noticed(folder, warnings):
-  whole = bytearray(tar_bytes(sample(0) | sample(1)))
-  with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-    start = tar.getmember('00001.jpg').offset
-  whole[start : start + 512] = b'\xa5' * 512
-  (folder / 'a.tar').write_bytes(whole)
-  assert captions(TarShards(folder)) == [b'caption 0']
-  assert len(warnings) == 1 and f'damaged at byte {start}' in warnings[0]
-
-
-def test_empty_and_foreign_shards_are_left_out_and_named(folder, warnings):
-  write_shard(folder / 'a.tar', [0])
-  (folder / 'b.tar').write_bytes(tar_bytes({}))
-  (folder / 'c.tar').write_bytes(b'')
-  (folder / 'd.tar').write_bytes(b'<html>403 Forbidden</html>' * 100)
-  write_shard(folder / 'e.tar', [1])
+  write_shard(folder / 'a.tar', [7])
+  for number, content in enumerate(damages.values()):
+    (folder / f'b{number}.tar').write_bytes(content)
+  (folder / 'c.tar').write_bytes(whole[:end])  # nothing is lost but the end marker
   for _ in range(2):  # the second time from the index files
     warnings.clear()
-    assert captions(TarShards(folder)) == [b'caption 0', b'caption 1']
-    assert [line.partition(':')[0][-5:] for line in warnings] == ['b.tar', 'c.tar', 'd.tar']
-    assert 'no samples' in warnings[0] and 'not an uncompressed tar' in warnings[2]
+    source = TarShards(folder)
+    assert len(source) == 4 and captions(source)[:2] == [b'caption 7', b'caption 0']
+    for number, (line, reason) in enumerate(zip(warnings, damages, strict=True)):
+      assert f'b{number}.tar: shard left out: ' in line and re.search(reason, line), line
 
 
-def test_a_shard_cut_after_indexing_gives_bad_records(folder):
+def test_a_shard_cut_after_indexing_is_the_stores_failure_not_a_bad_record(folder):
   path = write_shard(folder / 'a.tar', range(4))
   source = TarShards(folder)
   os.truncate(path, os.path.getsize(path) // 4)
   assert source[0]['caption'] == b'caption 0'
-  with pytest.raises(BadRecord, match='cut after'):
+  with pytest.raises(StoreError, match=r'cut.*a\.tar'):
     source[3]
+
+
+def test_a_shard_of_another_name_before_is_opened_again(folder):
+  write_shard(folder / 'a.tar', [1, 2])
+  assert captions(TarShards(folder)) == [b'caption 1', b'caption 2']
+  write_shard(folder / 'b', [3, 4, 5])
+  os.replace(folder / 'b', folder / 'a.tar')
+  assert captions(TarShards(folder)) == [b'caption 3', b'caption 4', b'caption 5']
+
+
+def test_an_index_made_again_during_a_run_is_noticed(folder):
+  write_shard(folder / 'a.tar', range(3))
+  source = TarShards(folder)
+  write_shard(folder / 'a.tar', range(5))
+  TarShards(folder)
+  with pytest.raises(StoreError, match='made again'):
+    source[0]
 
 
 @pytest.mark.parametrize(
@@ -339,8 +405,8 @@ def test_shards_without_any_sample_are_refused(folder, warnings):
 def test_the_index_is_kept_beside_the_shard(folder, monkeypatch):
   write_shard(folder / 'a.tar', range(3))
   assert len(TarShards(folder)) == 3
-  assert sorted(file.name for file in folder.iterdir()) == ['a.tar', 'a.tar.index.npz']
-  monkeypatch.setattr(tar_shards, '_scan', lambda *_: pytest.fail('scanned again'))
+  assert [len(list(folder.glob(name))) for name in ('a.tar', 'a.tar.*.npz', '*')] == [1, 1, 2]
+  monkeypatch.setattr(tar_index, 'iterate_files', lambda *_: pytest.fail('scanned again'))
   assert captions(TarShards(folder)) == [f'caption {i}'.encode() for i in range(3)]
 
 
@@ -356,11 +422,14 @@ def test_a_stale_or_foreign_index_is_made_again(folder):
     folder, image_keys=('txt',), caption_key='json'
   )  # the same shard, other members
   assert [record['image'] for record in swapped] == captions(TarShards(folder))
-  for content in (b'', b'no npz', (folder / 'a.tar.index.npz').read_bytes()[:200]):
-    (folder / 'a.tar.index.npz').write_bytes(content)
+  indexes = sorted(folder.glob('*.npz'))
+  assert len(indexes) == 2
+  other = io.BytesIO()
+  np.savez(other, other=np.zeros(3))
+  for content in (b'', b'no npz', indexes[0].read_bytes()[:200], other.getvalue()):
+    for index in indexes:
+      index.write_bytes(content)
     assert len(TarShards(folder)) == 5
-  np.savez(folder / 'a.tar.index.npz', other=np.zeros(3))
-  assert len(TarShards(folder)) == 5
 
 
 def test_a_read_only_folder_is_left_alone(folder, tmp_path):

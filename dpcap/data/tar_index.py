@@ -1,0 +1,342 @@
+"""The index of a tar shard: where each sample's members lie, in one small file per shard.
+
+Made once from the tar headers; after that any sample is one ranged read. An index lies beside its
+shard, or in a folder of indexes (local, or a URL that fsspec opens), or where neither can be: in
+the user's cache folder. It is made again when the shard changes or other members are asked for.
+"""
+
+import concurrent.futures
+import errno
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+from absl import logging
+
+from dpcap.data.byte_ranges import StoreError, describe, is_local, read_file, scan
+from dpcap.data.tar_headers import BLOCK, TarDamage, iterate_files
+from dpcap.errors import UserError
+
+# Shards indexed at a time where storage, not the processor, sets the pace.
+THREADS = 32
+PARTS = ('image', 'caption', 'json')
+_BRACE_RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
+_FORMAT = 'dpcap tar index 2'
+# Blocks and sizes are stored in 32 bits: 24 bytes a sample, 5.6 GB for LAION's 234 million.
+_LIMIT = 2**32
+
+
+class Wanted(NamedTuple):
+  """What an index has to hold; another answer makes it stale.
+
+  Attributes:
+    image_keys: extensions of image members.
+    caption_key: extension of the caption member, '' where captions come from the json.
+    label_key: field of the json whose values are collected, or None.
+  """
+
+  image_keys: tuple[str, ...]
+  caption_key: str
+  label_key: str | None
+
+
+class Index(NamedTuple):
+  """What is remembered of a shard's index; the offsets themselves stay in the file.
+
+  Attributes:
+    shard: path or URL.
+    file: path or URL of the index.
+    count: samples, 0 where there is a problem.
+    size: of the shard, bytes.
+    labels: values of `Wanted.label_key` found, sorted.
+    problem: '', or why the shard is left out.
+    state: see `state_of`.
+    new: whether the shard was read for it now.
+  """
+
+  shard: str
+  file: str
+  count: int
+  size: int
+  labels: tuple[str, ...]
+  problem: str
+  state: str
+  new: bool = False
+
+
+def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+  """Expands folders, globs and brace ranges, or a list of them, into the sorted files of each.
+
+  Raises:
+    UserError: no shard matches, or a named one is missing.
+  """
+  shards = []
+  for pattern in [path] if isinstance(path, (str, os.PathLike)) else path:
+    pattern = os.fspath(pattern)
+    named = _expand_braces(pattern)
+    if named != [pattern]:
+      with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        missing = [name for name, exists in zip(named, pool.map(_exists, named)) if not exists]
+      if missing:
+        raise UserError(
+          f'data path {pattern}: {len(missing)} of {len(named)} shards missing, first {missing[0]}'
+        )
+      shards += named
+      continue
+    fs, root = fsspec.core.url_to_fs(pattern)
+    if fs.isdir(root):
+      found = fs.glob(f'{glob.escape(root.rstrip("/"))}/*.tar')
+      expected = '*.tar files in this folder'
+    elif fs.isfile(root):
+      found, expected = [root], ''
+    elif glob.has_magic(pattern):
+      found, expected = fs.glob(root), 'tar files that match this pattern'
+    else:
+      raise UserError(
+        f'data path {pattern}: does not exist;'
+        f' expected a folder of *.tar, a file, a glob or a range {{00000..00041}}.tar'
+      )
+    if not found:
+      raise UserError(f'data path {pattern}: no shard found; expected {expected}')
+    local = is_local(pattern)
+    shards += [name if local else fs.unstrip_protocol(name) for name in sorted(found)]
+  if not shards:
+    raise UserError('data path is an empty list; expected at least one folder, file or pattern')
+  return shards
+
+
+def _expand_braces(pattern: str) -> list[str]:
+  match = _BRACE_RANGE.search(pattern)
+  if not match:
+    return [pattern]
+  first, last = match.groups()
+  if int(first) > int(last):
+    raise UserError(
+      f'data path {pattern}: the range {match.group()} is empty; expected {{LOW..HIGH}}'
+    )
+  numbers = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
+  heads = (pattern[: match.start()] + number for number in numbers)
+  return [head + tail for head in heads for tail in _expand_braces(pattern[match.end() :])]
+
+
+def _exists(url: str) -> bool:
+  fs, path = fsspec.core.url_to_fs(url)
+  return fs.isfile(path)
+
+
+def index_shard(shard: str, wanted: Wanted, index_dir: str | os.PathLike | None = None) -> Index:
+  """The shard's index, from its file if that is fresh, else made from the tar headers.
+
+  A shard that is damaged or holds no sample has an index too, which says so: it is not read again.
+
+  Args:
+    shard: path or URL.
+    wanted: what the index has to hold.
+    index_dir: folder of the index files, a path or URL; None: beside the shard or in the cache.
+
+  Raises:
+    StoreError: the shard cannot be read.
+    UserError: the index cannot be written anywhere.
+  """
+  size, digest = state_of(shard, wanted)
+  files = index_files(shard, wanted, index_dir)
+  for file in files:
+    kept = _load(file)
+    if not kept or kept[0]['state'] != digest:
+      continue
+    meta = kept[0]
+    if wanted.label_key in (None, meta['label_key']):
+      labels = tuple(meta['labels'])
+      return Index(shard, file, meta['count'], size, labels, meta['problem'], digest)
+
+  logging.info('indexing %s', shard)
+  try:
+    table, labels = _read_headers(shard, size, wanted)
+    problem = '' if len(table) else 'holds no samples'
+  except TarDamage as damage:
+    table, labels, problem = np.zeros((0, len(PARTS), 2), np.uint32), (), str(damage)
+  meta = {'state': digest, 'count': len(table), 'label_key': wanted.label_key}
+  meta |= {'labels': labels, 'problem': problem}
+  for file in files:
+    try:
+      _save(file, table, meta)
+      return Index(shard, file, len(table), size, labels, problem, digest, new=True)
+    except OSError as error:
+      reason = error
+  raise UserError(
+    f'index of shard {shard}: cannot be written to {files[-1]} ({reason});'
+    f' expected a writable index_dir'
+  )
+
+
+def try_index_shard(
+  shard: str, wanted: Wanted, index_dir: str | os.PathLike | None = None
+) -> Index:
+  """As `index_shard`, but a shard that cannot be read is a problem like damage, for now.
+
+  Raises:
+    UserError: the index cannot be written anywhere.
+  """
+  try:
+    return index_shard(shard, wanted, index_dir)
+  except StoreError as error:
+    return Index(shard, '', 0, 0, (), f'cannot be read: {error.strerror}', '')
+
+
+def state_of(shard: str, wanted: Wanted) -> tuple[int, str]:
+  """Size of a shard in bytes, and a digest of size, time and the members wanted.
+
+  The labels are left out: a source that collects them and one that does not share an index.
+
+  Raises:
+    StoreError: it cannot be read.
+  """
+  size, changed = describe(shard)
+  state = json.dumps([_FORMAT, size, changed, wanted.image_keys, wanted.caption_key])
+  return size, hashlib.sha256(state.encode()).hexdigest()[:16]
+
+
+def index_files(shard: str, wanted: Wanted, index_dir: str | os.PathLike | None) -> list[str]:
+  """The paths or URLs to try for the index of a shard, in this order."""
+  fs, path = fsspec.core.url_to_fs(shard)
+  # Runs that want other members of the same shards do not overwrite each other's indexes.
+  members = hashlib.sha256(json.dumps(wanted[:2]).encode()).hexdigest()[:8]
+  # Shards of different folders share names, so where they meet a hash of the URL tells them apart.
+  url = fs.unstrip_protocol(path)
+  name = f'{hashlib.sha256(url.encode()).hexdigest()[:16]}-{os.path.basename(path)}.{members}.npz'
+  if index_dir is not None:
+    return [f'{os.fspath(index_dir).rstrip("/")}/{name}']
+  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  cached = f'{cache}/dpcap/tar_index/{name}'
+  if not is_local(shard):
+    return [cached]
+  folder = pathlib.Path(path).parent
+  # Root may write anywhere: a folder without write permission is left alone all the same.
+  writable = os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222
+  return [f'{path}.{members}.npz', cached] if writable else [cached]
+
+
+def _read_headers(
+  shard: str, shard_size: int, wanted: Wanted
+) -> tuple[np.ndarray, tuple[str, ...]]:
+  """The table of `load_table`, and the labels found."""
+  if shard_size > BLOCK * _LIMIT:
+    raise TarDamage(f'has {shard_size} bytes, more than {BLOCK * _LIMIT}')
+  read = scan(shard)
+  part_of = {key: 0 for key in wanted.image_keys} | {'json': 2}
+  if wanted.caption_key:
+    part_of[wanted.caption_key] = 1
+  rows, labels, last_key, row = [], set(), None, []
+  for name, offset, size in iterate_files(read, shard_size):
+    # webdataset's rule: the key ends at the first dot of the file name.
+    start = name.rfind('/') + 1
+    dot = name.find('.', start)
+    if dot <= start or dot + 1 == len(name):
+      continue
+    key = name[:dot]
+    if key != last_key:
+      last_key, row = key, [0] * (2 * len(PARTS))
+      rows.append(row)
+    part = part_of.get(name[dot + 1 :].lower())
+    if part is None or row[2 * part + 1] or size >= _LIMIT:
+      continue
+    row[2 * part : 2 * part + 2] = offset // BLOCK, size
+    if part == 2 and wanted.label_key:
+      label = _label(read(offset, offset + size), wanted.label_key)
+      if label is not None:
+        labels.add(str(label))
+  return np.array(rows, np.uint32).reshape(-1, len(PARTS), 2), tuple(sorted(labels))
+
+
+def _label(content: bytes, key: str) -> Any:
+  try:
+    return json.loads(content).get(key)
+  except (ValueError, AttributeError):
+    return None  # found again, and counted, when it is drawn
+
+
+def _save(file: str, table: np.ndarray, meta: dict[str, Any]) -> None:
+  """Another process may index the same shard, or read this file: it appears whole or not at all."""
+  out = io.BytesIO()
+  np.savez(out, table=table, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
+  write_whole(file, out.getvalue())
+  load_table.cache_clear()
+
+
+def write_whole(file: str, content: bytes) -> None:
+  """Writes a local file under another name first; object stores never show half an object.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  fs, path = fsspec.core.url_to_fs(file)
+  if not is_local(file):
+    fs.pipe_file(path, content)
+    return
+  folder = os.path.dirname(path)
+  os.makedirs(folder, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=folder, prefix=f'.{os.path.basename(path)}.')
+  try:
+    with os.fdopen(handle, 'wb') as out:
+      out.write(content)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+def _load(file: str) -> tuple[dict[str, Any], Callable[[], np.ndarray]] | None:
+  """What an index file says, and a function that reads its table; None: not there, or not ours."""
+  try:
+    if is_local(file):
+      with open(fsspec.core.url_to_fs(file)[1], 'rb') as opened:
+        content = opened.read()
+    else:
+      content = read_file(file)
+    arrays = np.load(io.BytesIO(content))
+    meta = json.loads(arrays['meta'].tobytes())
+    meta = {key: meta[key] for key in ('state', 'count', 'label_key', 'labels', 'problem')}
+    return meta, lambda: arrays['table']
+  except FileNotFoundError:
+    return None
+  except StoreError as error:
+    if isinstance(error.__cause__, FileNotFoundError):
+      return None
+    raise
+  except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile):
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def load_table(file: str, state: str) -> np.ndarray:
+  """Where the samples of a shard lie; kept for the shards that were read last.
+
+  Args:
+    file: of the index.
+    state: of the `Index`.
+
+  Returns:
+    uint32 (samples, 3, 2): first block of 512 bytes, and size in bytes, of each of PARTS; size 0
+    where a sample lacks the part.
+
+  Raises:
+    StoreError: the index is gone, or is that of another state of the shard.
+  """
+  loaded = _load(file)
+  if loaded is None:
+    raise StoreError(errno.ENOENT, 'this index of a shard is gone; it was there at start', file)
+  if loaded[0]['state'] != state:
+    raise StoreError(errno.ESTALE, 'this index of a shard was made again since the start', file)
+  return loaded[1]()

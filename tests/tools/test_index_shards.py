@@ -1,0 +1,147 @@
+"""Indexing ahead of a run: what is left out, what is kept, what a second call does."""
+
+import io
+import json
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+
+from dpcap.data import tar_index
+from dpcap.data.tar_shards import TarShards
+from tools import index_shards
+
+
+def shard(numbers) -> bytes:
+  out = io.BytesIO()
+  with tarfile.open(fileobj=out, mode='w') as tar:
+    for i in numbers:
+      for name, data in [(f'{i}.jpg', b'image'), (f'{i}.txt', b'caption %d' % i)]:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+  return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Two good shards, of 3 and 4 samples, and a damaged one."""
+  folder = tmp_path / 'shards'
+  folder.mkdir()
+  (folder / 'a.tar').write_bytes(shard(range(3)))
+  (folder / 'b.tar').write_bytes(shard(range(3, 6))[:2000])
+  (folder / 'c.tar').write_bytes(shard(range(6, 10)))
+  return folder
+
+
+def run(capsys, *arguments) -> tuple[int, dict, str]:
+  status = index_shards.main([str(argument) for argument in arguments])
+  out, errors = capsys.readouterr()
+  return status, json.loads(out) if out else {}, errors
+
+
+@pytest.mark.parametrize('executor', ['threads', 'processes'])
+def test_whole_shards_are_indexed_and_damaged_ones_named(folder, capsys, executor):
+  command = (folder, f'--executor={executor}', '--workers=2')
+  status, summary, errors = run(capsys, *command)
+  size = sum((folder / name).stat().st_size for name in ('a.tar', 'c.tar'))
+  assert status == 0
+  expected = {'examples': 7, 'shards': 2, 'bytes': size, 'damaged': 1, 'indexed': 3}
+  assert {key: summary[key] for key in expected} == expected
+  assert 'left out: ' in errors and 'b.tar: truncated: it has 2000 bytes' in errors
+  source = TarShards(summary['manifest'])
+  assert [r['caption'] for r in source] == [b'caption %d' % i for i in (0, 1, 2, 6, 7, 8, 9)]
+  if executor == 'threads':
+    assert run(capsys, *command, '--strict')[0] == 1
+
+
+def test_a_finished_shard_is_never_read_again(folder, capsys, monkeypatch):
+  before = tar_index.iterate_files
+  done = []
+
+  def interrupted(*arguments):
+    if done:
+      raise KeyboardInterrupt
+    done.append(1)
+    return before(*arguments)
+
+  monkeypatch.setattr(tar_index, 'iterate_files', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    run(capsys, folder, '--executor=threads', '--workers=1')
+  assert len(list(folder.iterdir())) == 4  # one index, nothing half written
+  monkeypatch.setattr(tar_index, 'iterate_files', before)
+  assert run(capsys, folder, '--executor=threads')[1]['indexed'] == 2
+  monkeypatch.setattr(tar_index, 'iterate_files', lambda *_: pytest.fail('read again'))
+  assert run(capsys, folder, '--executor=threads')[1]['indexed'] == 0
+
+
+def test_nothing_usable_and_unreadable(folder, capsys, monkeypatch):
+  status, summary, _ = run(capsys, folder / 'b.tar', '--executor=threads')
+  assert status == 1 and summary['examples'] == 0
+
+  def scan(url):
+    if url.endswith('c.tar'):
+      raise tar_index.StoreError(5, 'disk on fire', url)
+    return before(url)
+
+  before = tar_index.scan
+  monkeypatch.setattr(tar_index, 'scan', scan)
+  status, summary, errors = run(capsys, folder, '--executor=threads')
+  assert status == 0 and summary['examples'] == 3 and 'cannot be read: disk on fire' in errors
+  monkeypatch.setattr(tar_index, 'scan', before)  # a failure is not kept as damage is
+  assert run(capsys, folder, '--executor=threads')[1]['examples'] == 7
+
+
+def test_shards_and_indexes_in_a_store(folder, capsys):
+  store = fsspec.filesystem('memory')
+  try:
+    for file in folder.iterdir():
+      store.pipe_file(f'/bucket/{file.name}', file.read_bytes())
+    command = ('memory://bucket/*.tar', '--index_dir=memory://bucket/index')
+    _, summary, _ = run(capsys, *command)
+    assert summary['examples'] == 7 and summary['manifest'] == 'memory://bucket/index/manifest.json'
+    assert len(store.ls('/bucket/index')) == 4
+    assert run(capsys, *command)[1]['indexed'] == 0
+    assert TarShards(summary['manifest'])[5]['caption'] == b'caption 8'
+    status, _, errors = run(capsys, 'memory://bucket/*.tar')
+    assert status == 2 and '--manifest is missing' in errors
+  finally:
+    store.rm('/bucket', recursive=True)
+
+
+@pytest.mark.parametrize(
+  'options, reason',
+  [
+    (['--workers=0'], '--workers=0 must be'),
+    (['--color'], "'--color' is no option"),
+    (['--manifest=x.txt'], 'must end in .json'),
+    (['--executor=gpu'], 'processes'),
+    (['--caption_key=yaml:x'], "'yaml:x'"),
+    (['/nowhere'], '/nowhere: does not exist'),
+  ],
+)
+def test_wrong_options_are_told_in_one_line(folder, capsys, options, reason):
+  status, _, errors = run(capsys, folder, *options)
+  assert status == 2 and errors.startswith('error: ') and reason in errors
+  assert errors.count('\n') == 1
+
+
+def test_beam_makes_the_same_indexes(folder, tmp_path, capsys):
+  pytest.importorskip('apache_beam', reason="Apache Beam is not installed (pip install '.[beam]')")
+  run(capsys, folder, '--executor=threads', f'--index_dir={tmp_path / "here"}')
+  beam = (folder, '--runner=DirectRunner', f'--index_dir={tmp_path / "beam"}')
+  status, summary, errors = run(capsys, *beam, '--executor=threads')
+  assert status == 0 and summary['examples'] == 7 and summary['indexed'] == 0
+  assert 'b.tar: truncated' in errors
+  files = sorted((tmp_path / 'here').glob('*.npz'))
+  assert len(files) == 3
+  for file in files:
+    with np.load(file) as a, np.load(tmp_path / 'beam' / file.name) as b:
+      assert all(np.array_equal(a[key], b[key]) for key in ('table', 'meta'))
+
+
+def test_without_beam_a_runner_is_refused(folder, capsys, monkeypatch):
+  monkeypatch.setitem(__import__('sys').modules, 'apache_beam', None)
+  status, _, errors = run(capsys, folder, '--runner=DirectRunner')
+  assert status == 2 and "pip install 'dpcap[beam]'" in errors

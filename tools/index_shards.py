@@ -1,0 +1,196 @@
+"""Indexes tar shards ahead of a run, and writes the manifest that settles which samples it uses.
+
+    python -m tools.index_shards SHARDS... [--index_dir=DIR] [--manifest=FILE] [--strict]
+
+SHARDS are folders, files, globs or brace ranges ('/data/{00000..00041}.tar'), on local disks or in
+any store that fsspec opens. Each shard gets one small file, beside it or in --index_dir. A shard
+whose index is there is not read again, so the same command goes on after an interruption.
+
+Shards that are damaged, unreadable or without samples are named and left out. The manifest lists
+the others: as `data.source.path` of a config it makes a run start without looking for shards, with
+the number of samples that the summary tells. What the indexes hold must be what the config asks
+for: give --caption_key and --label_key as there.
+
+Prints one JSON line: {"examples", "shards", "bytes", "damaged", "manifest", "indexed", "seconds"};
+`damaged` counts the shards left out, `indexed` those that were read now. Exits 1 if no sample can
+be used, or with --strict if any shard was left out; 2 if an option is wrong.
+
+With --runner the indexes are made by an Apache Beam pipeline (pip install 'dpcap[beam]') on many
+machines; options that this program does not know are Beam's:
+
+    python -m tools.index_shards 'gs://bucket/{00000..41407}.tar' --index_dir=gs://bucket/index \\
+        --runner=DataflowRunner --project=... --region=...
+
+The workers need dpcap and an index_dir that they and this machine reach.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from rich import progress
+from rich.console import Console
+
+from dpcap.data import tar_manifest
+from dpcap.data.byte_ranges import is_local
+from dpcap.data.tar_index import THREADS, Index, Wanted, find_shards, try_index_shard
+from dpcap.data.tar_shards import IMAGE_KEYS, make_wanted
+from dpcap.errors import UserError
+
+_EXECUTORS = ('auto', 'processes', 'threads')
+_SECONDS_BETWEEN_LINES = 10.0
+_NAMED = 20  # damaged shards on the screen; the manifest lists all
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, without the usage."""
+
+  def error(self, message: str):
+    raise UserError(message)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+  """The checked options, and those for Beam.
+
+  Raises:
+    UserError: naming the option, its value and what is allowed.
+  """
+  parser = _Parser(
+    prog='python -m tools.index_shards',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('shards', nargs='+', metavar='SHARDS', help='folders, files, globs or brace ranges')
+  add('--index_dir', help='where indexes go, a path or URL; beside the shards if not given')
+  add('--manifest', help='file to write; manifest.json in index_dir or beside the first shard')
+  add('--image_keys', default=','.join(IMAGE_KEYS), help='extensions of images')
+  add('--caption_key', default='txt', help="extension of captions, or 'json:FIELD'")
+  add('--label_key', help='field of the json whose values are collected as classes')
+  add('--executor', default='auto', choices=_EXECUTORS, help='auto: processes for local shards')
+  add('--workers', type=int, help=f'of those; one per core, or {THREADS} threads, if not given')
+  add('--strict', action='store_true', help='exit 1 if any shard was left out')
+  add('--runner', help='of Apache Beam, such as DirectRunner; none: this machine, without Beam')
+  options, others = parser.parse_known_args(argv)
+  if others and not options.runner:
+    raise UserError(f'{others[0]!r} is no option; further ones are allowed with --runner only')
+  if options.workers is not None and options.workers < 1:
+    raise UserError(f'--workers={options.workers} must be 1 or more')
+  if options.manifest and not options.manifest.endswith('.json'):
+    raise UserError(f'--manifest={options.manifest} must end in .json')
+  return options, others
+
+
+def run_here(
+  shards: list[str], wanted: Wanted, index_dir: str | None, executor: str, workers: int | None
+) -> Iterator[tuple[int, Index]]:
+  """Yields (number of the shard, its index) as they are done; see `parse` for the arguments."""
+  if executor == 'auto':
+    executor = 'processes' if all(map(is_local, shards)) else 'threads'
+  if executor == 'threads':
+    pool = concurrent.futures.ThreadPoolExecutor(workers or THREADS)
+  else:
+    context = multiprocessing.get_context('forkserver')
+    # Imported once, there, instead of in each process.
+    context.set_forkserver_preload(['dpcap.data.tar_index'])
+    pool = concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context)
+  try:
+    number_of = {
+      pool.submit(try_index_shard, shard, wanted, index_dir): number
+      for number, shard in enumerate(shards)
+    }
+    for future in concurrent.futures.as_completed(number_of):
+      yield number_of[future], future.result()
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def show_progress(results: Iterable[tuple[int, Index]], shards: int) -> Iterator[tuple[int, Index]]:
+  """Passes results on under a progress bar; on a screen that is none, a line now and then."""
+  console = Console(file=sys.stderr, highlight=False)
+  examples = size = done = 0
+  last_line = time.monotonic()
+  with progress.Progress(
+    progress.TextColumn('indexing'),
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TextColumn('shards  {task.fields[found]}'),
+    progress.TimeRemainingColumn(),
+    console=console,
+    disable=not console.is_terminal,
+  ) as bar:
+    task = bar.add_task('', total=shards, found='')
+    for result in results:
+      done += 1
+      examples, size = examples + result[1].count, size + result[1].size
+      found = f'{examples:,} examples  {size / 1e9:,.1f} GB'
+      bar.update(task, completed=done, found=found)
+      if not console.is_terminal and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+        last_line = time.monotonic()
+        console.print(f'{done}/{shards} shards  {found}', soft_wrap=True)
+      yield result
+
+
+def manifest_file(options: argparse.Namespace, shards: list[str]) -> str:
+  """Where the manifest goes.
+
+  Raises:
+    UserError: if that does not follow from the options.
+  """
+  if options.manifest or options.index_dir:
+    return options.manifest or f'{options.index_dir.rstrip("/")}/manifest.json'
+  if not is_local(shards[0]):
+    raise UserError(f'--manifest is missing; {shards[0]} is remote, and there is no --index_dir')
+  return f'{os.path.dirname(shards[0])}/manifest.json'
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Indexes what the options name; returns the exit status."""
+  start = time.perf_counter()
+  try:
+    options, beam_options = parse(argv)
+    label_key = options.label_key
+    wanted = make_wanted(tuple(options.image_keys.split(',')), options.caption_key, label_key)
+    shards = find_shards(options.shards)
+    manifest = manifest_file(options, shards)
+    if options.runner:
+      from tools.index_parts import beam_pipeline
+
+      beam_pipeline.run(shards, wanted, options.index_dir, options.runner, beam_options)
+    # After a pipeline, too: the indexes that it made are found, what failed there is told here.
+    results = run_here(shards, wanted, options.index_dir, options.executor, options.workers)
+    indexes = [index for _, index in sorted(show_progress(results, len(shards)))]
+    tar_manifest.write(manifest, indexes, wanted)
+  except UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  except OSError as e:
+    print(f'error: {e.filename or "the manifest"}: {e.strerror or e}', file=sys.stderr)
+    return 2
+  used = [index for index in indexes if index.count]
+  damaged = [index for index in indexes if not index.count]
+  for index in damaged[:_NAMED]:
+    print(f'left out: {index.shard}: {index.problem}', file=sys.stderr)
+  if len(damaged) > _NAMED:
+    print(f'... and {len(damaged) - _NAMED} more; see {manifest}', file=sys.stderr)
+  summary = {
+    'examples': sum(index.count for index in used),
+    'shards': len(used),
+    'bytes': sum(index.size for index in used),
+    'damaged': len(damaged),
+    'manifest': manifest,
+    'indexed': sum(index.new for index in indexes),
+    'seconds': round(time.perf_counter() - start, 2),
+  }
+  print(json.dumps(summary))
+  return int(not used or (options.strict and bool(damaged)))
+
+
+if __name__ == '__main__':
+  sys.exit(main())
