@@ -160,6 +160,13 @@ SECTIONS = {
     'batches_per_chunk': Key(
       int, 8, 'physical batches per transfer to the device', check=_POSITIVE, fixed=False
     ),
+    'model_parallel': Key(
+      int,
+      1,
+      'devices that share the parameters between them; 1: each has them all',
+      check=_POSITIVE,
+      fixed=False,
+    ),
   },
   'train': {
     'steps': Key(int, 1000, 'logical batches', check=_POSITIVE),

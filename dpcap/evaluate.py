@@ -19,6 +19,7 @@ from dpcap.errors import UserError
 from dpcap.evals import table
 from dpcap.training import build
 from dpcap.training.checkpoints import Checkpoints
+from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer
 from dpcap.training.step import init_state
 
@@ -87,7 +88,12 @@ def make_subject(config, checkpoint: pathlib.Path) -> evals.Subject:
   model = build.make_model(config, tokenizer.vocab_size)
   optimizer = make_optimizer(config.optimizer, config.train.steps)
   fresh = init_state(
-    model, optimizer, config.data.image_size, config.data.text_length, config.train.model_seed
+    model,
+    optimizer,
+    Layout(make_mesh()),
+    config.data.image_size,
+    config.data.text_length,
+    config.train.model_seed,
   )
   checkpoints = Checkpoints(checkpoint.parent, read_only=True)
   variables = checkpoints.restore_model(int(checkpoint.name), fresh)

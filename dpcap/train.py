@@ -12,7 +12,7 @@ from absl import flags
 
 from dpcap import command_line
 from dpcap.errors import UserError
-from dpcap.training import loop
+from dpcap.training import loop, processes
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; created if need be.')
@@ -23,6 +23,7 @@ def main() -> None:
   config = command_line.load_config(_CONFIG)
   if not _WORKDIR.value:
     raise UserError('--workdir is missing; give the directory where the run lives')
+  processes.initialize()
   if loop.train(config, pathlib.Path(_WORKDIR.value)) is None:
     sys.exit(loop.STOPPED)
 

@@ -50,12 +50,13 @@ class Examples(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """Some physical batches of one logical batch.
+  """Some physical batches of one logical batch, for the rows of a mesh that a process has.
 
   Attributes:
-    examples: leading axes (batches, physical_batch).
-    mask: bool (batches, physical_batch); False is padding or a bad record.
-    live: how many of the physical batches hold any example; the rest is all padding.
+    examples: leading axes (rows, batches, physical_batch).
+    mask: bool (rows, batches, physical_batch); False is padding or a bad record.
+    live: int32 (rows,), how many of a row's physical batches hold any example; the rest is
+      all padding.
     drawn: how many indices the chunk stands for, good and bad.
     bad: how many of them are bad records.
     reasons: 'record INDEX: why' of the first few bad ones.
@@ -63,7 +64,7 @@ class Chunk(NamedTuple):
 
   examples: Examples
   mask: np.ndarray
-  live: int
+  live: np.ndarray
   drawn: int
   bad: int
   reasons: list[str]
@@ -131,6 +132,11 @@ def _draw_once(draw: Callable[[int], np.ndarray], step: int) -> np.ndarray:
 class LogicalBatches:
   """Random access to all chunks of a run, in order: what Grain reads from.
 
+  Every process draws the whole logical batch, which takes it no time, and cuts it into
+  equal parts, one for each row of the mesh (sizes differ by one at most). So a draw does
+  not depend on how many processes there are, all of them have the same number of chunks
+  without asking each other, and a row reads from a part of the data that hardly moves.
+
   Element `step * slots + s` is a list of chunks: one for the slots that the draw of that
   step fills, none for those that it leaves empty, and in the last slot all that is left
   however unlucky the draw, so that no example is ever dropped.
@@ -143,7 +149,9 @@ class LogicalBatches:
     steps: of the whole run.
     expected_batch_size: mean length of a draw.
     physical_batch: examples per physical batch.
-    batches_per_chunk: physical batches per chunk.
+    batches_per_chunk: physical batches per chunk and row.
+    rows: of the mesh, those of all processes.
+    local_rows: the rows of this process.
   """
 
   source: Source
@@ -155,17 +163,19 @@ class LogicalBatches:
   expected_batch_size: int
   physical_batch: int
   batches_per_chunk: int
+  rows: int = 1
+  local_rows: range = range(1)
 
   @property
   def chunk_size(self) -> int:
-    """Examples per chunk."""
+    """Examples per chunk and row."""
     return self.physical_batch * self.batches_per_chunk
 
   @property
   def slots(self) -> int:
     """Elements per step: enough for a draw six standard deviations above the mean."""
     b = self.expected_batch_size
-    return math.ceil((b + 6 * math.sqrt(b)) / self.chunk_size)
+    return math.ceil((b + 6 * math.sqrt(b)) / (self.rows * self.chunk_size))
 
   def __len__(self) -> int:
     return self.steps * self.slots
@@ -173,34 +183,38 @@ class LogicalBatches:
   def __getitem__(self, element: int) -> list[Chunk]:
     step, slot = divmod(int(element), self.slots)
     indices = _draw_once(self.draw, step)
+    longest = math.ceil(len(indices) / self.rows)
     first = slot * self.chunk_size
-    stop = first + self.chunk_size if slot < self.slots - 1 else len(indices)
+    stop = first + self.chunk_size if slot < self.slots - 1 else longest
+    cut = lambda row: row * len(indices) // self.rows
+    parts = [indices[cut(row) : cut(row + 1)] for row in self.local_rows]
     return [
-      self._chunk(step, indices[i : min(i + self.chunk_size, stop)])
-      for i in range(first, min(stop, len(indices)), self.chunk_size)
+      self._chunk(step, [part[i : i + self.chunk_size] for part in parts])
+      for i in range(first, min(stop, longest), self.chunk_size)
     ]
 
-  def _chunk(self, step: int, indices: np.ndarray) -> Chunk:
+  def _chunk(self, step: int, parts: list[np.ndarray]) -> Chunk:
     size, length = self.transform.image_size, self.transform.text_length
-    images = np.zeros((self.chunk_size, size, size, 3), np.uint8)
-    tokens = np.zeros((self.chunk_size, length), np.int32)
-    mask = np.zeros(self.chunk_size, bool)
+    images = np.zeros((len(parts), self.chunk_size, size, size, 3), np.uint8)
+    tokens = np.zeros((len(parts), self.chunk_size, length), np.int32)
+    mask = np.zeros((len(parts), self.chunk_size), bool)
     reasons = []
-    indices = indices.tolist()
-    for i, (index, record) in enumerate(_read(self.source, indices)):
+    places = [(row, i) for row, part in enumerate(parts) for i in range(len(part))]
+    drawn = np.concatenate(parts).tolist()
+    for place, (index, record) in zip(places, _read(self.source, drawn), strict=True):
       try:
         if isinstance(record, BadRecord):
           raise record
-        images[i], tokens[i] = self.transform(record, self.augmentation_rng(step, index))
-        mask[i] = True
+        images[place], tokens[place] = self.transform(record, self.augmentation_rng(step, index))
+        mask[place] = True
       except BadRecord as bad:
         reasons.append(f'record {index}: {bad}')
-    shape = (self.batches_per_chunk, self.physical_batch)
+    shape = (len(parts), self.batches_per_chunk, self.physical_batch)
     return Chunk(
       examples=Examples(images.reshape(*shape, size, size, 3), tokens.reshape(*shape, length)),
       mask=mask.reshape(shape),
-      live=math.ceil(len(indices) / self.physical_batch),
-      drawn=len(indices),
+      live=np.array([math.ceil(len(part) / self.physical_batch) for part in parts], np.int32),
+      drawn=sum(map(len, parts)),
       bad=len(reasons),
       reasons=reasons[:_REASONS_KEPT],
     )

@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpcap.errors import UserError
+from dpcap.training import processes
 from dpcap.training.step import TrainState
 
 
@@ -122,6 +123,8 @@ class Checkpoints:
       write()
     # Orbax and TensorStore report a full disk as one or the other.
     except (OSError, ValueError, RuntimeError) as e:
+      if processes.is_loss(e):
+        raise
       raise UserError(
         f'{self._directory}: a checkpoint cannot be written ({_first_line(e)})'
       ) from e

@@ -10,20 +10,32 @@ import secrets
 
 import jax
 import ml_collections
+import numpy as np
 
 import dpcap
 from dpcap import data
+from dpcap.training import processes
 
 # Environment variables that change what JAX, XLA or the GPU compute.
 _SETTINGS = ('JAX_', 'XLA_', 'NVIDIA_TF32', 'LIBTPU')
+
+# Of these, what differs from process to process and from start to start.
+_NOT_SETTINGS = ('CACHE', 'JAX_COORDINATOR', 'JAX_PROCESS_ID')
 
 
 def describe_environment(config: ml_collections.ConfigDict, source: data.Source) -> str:
   """Devices, settings, code, data and batching, as JSON: where equal, steps replay bit for bit.
 
   Off the CPU, where sums are not taken in a fixed order unless XLA is told so, no two
-  descriptions are equal.
+  descriptions are equal. With many processes it is that of the main one and digests of all.
   """
+  own = _describe_process(config, source)
+  digest = np.frombuffer(hashlib.sha256(own.encode()).digest(), np.uint8)
+  digests = [bytes(d.tolist()).hex() for d in processes.gather(digest.astype(np.int32))]
+  return own if len(digests) == 1 else json.dumps([own, digests])
+
+
+def _describe_process(config: ml_collections.ConfigDict, source: data.Source) -> str:
   devices = jax.devices()
   return json.dumps(
     {
@@ -34,7 +46,7 @@ def describe_environment(config: ml_collections.ConfigDict, source: data.Source)
       'settings': {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(_SETTINGS) and 'CACHE' not in name
+        if name.startswith(_SETTINGS) and not any(part in name for part in _NOT_SETTINGS)
       },
       'partitionable': bool(jax.config.jax_threefry_partitionable),
       'code': _code_hash(),

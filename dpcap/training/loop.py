@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import json
 import pathlib
 import signal
@@ -13,18 +14,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import ml_collections
+import numpy as np
 
 from dpcap import config as config_lib
 from dpcap import data, privacy
 from dpcap.errors import UserError
 from dpcap.privacy.sampling import augmentation_generator
-from dpcap.training import build, metrics
+from dpcap.training import build, metrics, processes
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.environment import describe_environment
+from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.progress import Progress
-from dpcap.training.step import TrainState, example_loss, init_state, make_step, zero_accumulator
+from dpcap.training.step import TrainState, example_loss, init_state, make_step
 
 # Exit status of a run that was asked to stop: what shells report for SIGTERM.
 STOPPED = 143
@@ -53,9 +56,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
     raise UserError(f'--workdir is {workdir}; it must be a directory below another')
   source = build.make_training_source(config)
   plan = build.make_plan(config, len(source))
-  _say_plan(plan)
+  if processes.is_main():
+    _say_plan(plan)
   try:
-    with _stop_requests() as stop, _lock(workdir), _Run(config, workdir, source, plan) as run:
+    with (
+      processes.end_together(),
+      _stop_requests() as stop,
+      _lock(workdir),
+      _Run(config, workdir, source, plan) as run,
+    ):
       while run.done < config.train.steps:
         if not run.one_step(stop):
           run.save(wait=True)
@@ -80,7 +89,8 @@ class _Run:
   ):
     self._config, self._workdir, self._plan = config, workdir, plan
     self._tokenizer = build.make_tokenizer(config)
-    _check_workdir(config, workdir)
+    processes.from_main(lambda: _check_workdir(config, workdir))
+    self._layout = Layout(make_mesh(config.mesh.model_parallel))
     self._checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep_checkpoints)
 
     model = build.make_model(config, self._tokenizer.vocab_size)
@@ -90,6 +100,7 @@ class _Run:
     self.state = init_state(
       model,
       optimizer,
+      self._layout,
       config.data.image_size,
       config.data.text_length,
       config.train.model_seed,
@@ -97,27 +108,18 @@ class _Run:
     self._clipping = 'none'
     if plan.private:
       self._clipping = self._choose_clipping(model)
-    self._step = make_step(model, optimizer, plan, self._clipping, self._clip_function)
-    self._zero = jax.jit(zero_accumulator)
+    self._step = make_step(
+      model, optimizer, plan, self._layout, self._clipping, self._clip_function
+    )
     self.done = self._checkpoints.latest_step() or 0
     if self.done:
       self.state = self._checkpoints.restore(self.done, self.state)
     self._saved, self._unpublished = self.done, None
 
-    try:
-      self._store = privacy.KeyStore(
-        secrets_directory(workdir),
-        resume_step=self.done,
-        environment=describe_environment(config, source),
-        plan=dataclasses.asdict(plan),
-        seed=config.privacy.seed,
-      )
-    except ValueError as e:
-      raise UserError(str(e)) from e
-    # After the keys: a config without keys is a run that lost them.
-    write_whole(workdir / 'config.json', config_lib.to_json(config) + '\n')
-    keys = self._store.keys
-    self._noise_key = keys.noise_key()
+    environment = describe_environment(config, source)
+    keys, self._lost_releases = processes.from_main(lambda: self._open_store(environment))
+    keys = privacy.Keys(*map(tuple, keys))
+    self._noise_key = self._layout.everywhere(keys.noise_key())
     self._noise_state = self._plan.make_mechanism().init(
       self._noise_key, self.done, self.state.params
     )
@@ -136,13 +138,32 @@ class _Run:
       expected_batch_size=self._plan.expected_batch_size,
       physical_batch=config.mesh.physical_batch,
       batches_per_chunk=config.mesh.batches_per_chunk,
+      rows=self._layout.rows,
+      local_rows=self._layout.local_rows,
     )
+
+  def _open_store(self, environment: str) -> tuple[privacy.Keys, int]:
+    """Opens keys and ledger, which only the main process does; what the others need of them."""
+    try:
+      self._store = privacy.KeyStore(
+        secrets_directory(self._workdir),
+        resume_step=self.done,
+        environment=environment,
+        plan=dataclasses.asdict(self._plan),
+        seed=self._config.privacy.seed,
+      )
+    except ValueError as e:
+      raise UserError(str(e)) from e
+    # After the keys: a config without keys is a run that lost them.
+    write_whole(self._workdir / 'config.json', config_lib.to_json(self._config) + '\n')
+    return self._store.keys, self._store.lost_releases
 
   def _choose_clipping(self, model: nn.Module) -> str:
     """The strategy that this run's config asks for, once its answer is known to be right."""
     settings, vocab_size = self._config.privacy, self._tokenizer.vocab_size
     examples = build.synthetic_examples(self._config, vocab_size, count=2)
-    loss_fn, params = example_loss(model, self.state.frozen), self.state.params
+    loss_fn = example_loss(model, self.state.frozen)
+    params = self._layout.everywhere(self.state.params)
     strategy = settings.clipping
     if strategy == 'auto':
       strategy = privacy.choose_strategy(loss_fn, params, examples)
@@ -171,26 +192,33 @@ class _Run:
         timeout_s=config.data.worker_timeout_s,
       )
       stack.callback(self._elements.close)
-      self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, start)
-      stack.callback(self._metrics.close)
-      self._diagnostics = None
-      if config.train.diagnostics:
+      self._metrics = self._diagnostics = None
+      if processes.is_main():
+        self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, start)
+        stack.callback(self._metrics.close)
+      if processes.is_main() and config.train.diagnostics:
         self._diagnostics = metrics.MetricWriter(
           self._workdir, metrics.DIAGNOSTICS, start, suffix='.private'
         )
         stack.callback(self._diagnostics.close)
       self._progress = stack.enter_context(
-        Progress(config.train.steps, start, self._plan.expected_batch_size, self._plan.private)
+        Progress(
+          config.train.steps,
+          start,
+          self._plan.expected_batch_size,
+          self._plan.private,
+          shown=processes.is_main(),
+        )
       )
       self._stack = stack.pop_all()
     self._warned, self._bad_records = set(), 0
     if start:
       self.say(f'resuming after step {start}')
-    if self._store.lost_releases:
+    if self._lost_releases:
       self.say(
-        f'warning: {self._store.lost_releases} noisy gradients were computed in another environment'
+        f'warning: {self._lost_releases} noisy gradients were computed in another environment'
         ' and cannot be replayed: they count as released, fresh keys are in force; the whole run'
-        f' will spend epsilon {self._plan.epsilon(self._store.releases(self._plan.steps)):.3f}'
+        f' will spend epsilon {self._plan.epsilon(self._releases(self._plan.steps)):.3f}'
         f' instead of {self._plan.epsilon():.3f}'
       )
     return self
@@ -203,18 +231,26 @@ class _Run:
     with contextlib.suppress(*([UserError] if kind else [])):
       self._checkpoints.close()
 
+  def _releases(self, steps: int) -> int:
+    """Distinct noisy gradients computed by the time that the run has `steps`."""
+    return self._lost_releases + steps
+
   def say(self, line: str) -> None:
-    """Tells the person who trains."""
-    self._progress.say(line)
+    """Tells the person who trains, on the main process."""
+    if processes.is_main():
+      self._progress.say(line)
 
   def one_step(self, stop: list[int]) -> bool:
     """Does the next step and what is due after it; False if asked to stop before its release."""
-    accumulator, bad = self._zero(self.state.params), 0
+    accumulator, bad = self._step.zero(self.state.params), 0
+    moments = itertools.count(self.done * (self._batches.slots + 1))
     for slot in range(self._batches.slots):
-      if stop:
+      if processes.stop_is_due(stop, next(moments)):
         return False
       for chunk in next(self._elements):
-        inputs = jax.device_put((chunk.examples, chunk.mask, chunk.live))
+        inputs = jax.make_array_from_process_local_data(
+          self._layout.by_row(), (chunk.examples, chunk.mask, chunk.live)
+        )
         # Wait for the chunk before, so that inputs do not pile up on the device; the
         # next ones are being loaded meanwhile.
         jax.block_until_ready(accumulator)
@@ -222,15 +258,19 @@ class _Run:
         bad += self._note_bad(chunk)
       self._progress.within_step(self.done, (slot + 1) / self._batches.slots)
     jax.block_until_ready(accumulator)
-    if stop:
+    if processes.stop_is_due(stop, next(moments)):
       return False
 
-    # From here on the step counts as released, whatever happens.
-    self._store.begin(self.done)
+    # From here on the step counts as released, whatever happens. The other processes cannot
+    # have any of its sum before the main one gives its part.
+    if processes.is_main():
+      self._store.begin(self.done)
     self.state, self._noise_state, diagnostics = self._step.update(
       self.state, accumulator, self._noise_key, self._noise_state
     )
     self.done += 1
+    bad = int(processes.gather(np.array([bad], np.int32)).sum())
+    self._bad_records += bad
     self._report(
       {k: float(v) for k, v in diagnostics.items()}
       | {'bad_records': bad, 'bad_records_so_far': self._bad_records}
@@ -255,17 +295,17 @@ class _Run:
       self._publish()
 
   def _publish(self) -> None:
-    if self._unpublished:
+    if self._unpublished and processes.is_main():
       text = json.dumps(self._unpublished, indent=2) + '\n'
       write_whole(self._workdir / 'privacy.json', text)
-      self._unpublished = None
+    self._unpublished = None
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state."""
     return privacy.make_statement(
       self._plan,
       steps=self.done,
-      releases=self._store.releases(self.done),
+      releases=self._releases(self.done),
       clipping_strategy=self._clipping,
       clip_function=str(self._clip_function),
       fixed_seed=self._config.privacy.seed is not None,
@@ -274,7 +314,7 @@ class _Run:
 
   def _report(self, diagnostics: dict[str, float]) -> None:
     unusable, examples = diagnostics['unusable_gradients'], diagnostics['examples']
-    if unusable:
+    if unusable and processes.is_main():
       self._warn_once(
         'unusable',
         f'step {self.done}: {unusable:.0f} of {examples:.0f} examples had a gradient that is'
@@ -283,15 +323,16 @@ class _Run:
     epsilon = None
     every, last = self._config.train.log_every, self._config.train.steps
     if self.done in (1, last) or self.done % every == 0:
-      epsilon = self._plan.epsilon(self._store.releases(self.done))
-      self._metrics.write(
-        self.done,
-        {
-          'epsilon': privacy.accounting.finite_or_none(epsilon),
-          'learning_rate': float(self._schedule(self.done - 1)),
-          'images_per_second': self._progress.images_per_second,
-        },
-      )
+      if self._metrics:
+        epsilon = self._plan.epsilon(self._releases(self.done))
+        self._metrics.write(
+          self.done,
+          {
+            'epsilon': privacy.accounting.finite_or_none(epsilon),
+            'learning_rate': float(self._schedule(self.done - 1)),
+            'images_per_second': self._progress.images_per_second,
+          },
+        )
       if self._diagnostics:
         self._diagnostics.write(self.done, diagnostics)
     self._progress.after_step(self.done, diagnostics['loss'], epsilon)
@@ -304,7 +345,6 @@ class _Run:
 
   def _note_bad(self, chunk) -> int:
     if chunk.bad:
-      self._bad_records += chunk.bad
       self._warn_once(
         'bad',
         f'step {self.done + 1}: {chunk.bad} drawn records cannot be used and contribute zero'
@@ -315,7 +355,8 @@ class _Run:
   def _warn_once(self, kind: str, line: str) -> None:
     if kind not in self._warned:
       self._warned.add(kind)
-      self.say(f'warning: {line}')
+      where = '' if processes.is_main() else f'process {jax.process_index()}: '
+      self._progress.say(f'warning: {where}{line}')
 
 
 def _say_plan(plan: privacy.PrivacyPlan) -> None:
@@ -372,12 +413,17 @@ def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
 def _lock(workdir: pathlib.Path):
   """Keeps a second process from the run: two would write one ledger."""
   directory = secrets_directory(workdir)
-  directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-  with (directory / 'lock').open('w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(f'{workdir}: another process is training this run') from None
+  with contextlib.ExitStack() as stack:
+
+    def take():
+      directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+      file = stack.enter_context((directory / 'lock').open('w'))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise UserError(f'{workdir}: another process is training this run') from None
+
+    processes.from_main(take)
     yield
 
 
@@ -391,7 +437,9 @@ def _stop_requests():
       signal.default_int_handler(number, frame)
     requests.append(number)
 
-  before = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGINT)}
+  # Of many processes, SIGTERM to one is a notice that JAX passes on to all.
+  numbers = [signal.SIGINT, *([signal.SIGTERM] if jax.process_count() == 1 else [])]
+  before = {number: signal.signal(number, request) for number in numbers}
   try:
     yield requests
   finally:

@@ -13,14 +13,20 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
   """Shows steps, loss, epsilon spent, images per second and time left."""
 
-  def __init__(self, steps: int, start: int, expected_batch_size: int, private: bool):
-    """Starts at step `start` of `steps`; rates count expected_batch_size images a step."""
+  def __init__(
+    self, steps: int, start: int, expected_batch_size: int, private: bool, shown: bool = True
+  ):
+    """Starts at step `start` of `steps`; rates count expected_batch_size images a step.
+
+    Not `shown` it still says lines.
+    """
     self._steps, self._start, self._batch = steps, start, expected_batch_size
     self._done = start
     self._fields = {'loss': '-', 'epsilon': '-' if private else 'inf', 'rate': '-'}
     self._began = time.monotonic()
     self._last_line = 0.0
     self._console = Console(file=sys.stderr)
+    self._shown = shown
     self._bar = progress.Progress(
       progress.TextColumn('training'),
       progress.BarColumn(),
@@ -30,7 +36,7 @@ class Progress:
       progress.TextColumn('{task.fields[rate]} images/s'),
       progress.TimeRemainingColumn(),
       console=self._console,
-      disable=not self._console.is_terminal,
+      disable=not (shown and self._console.is_terminal),
     )
     self._task = self._bar.add_task('', total=steps, completed=start, steps='', **self._fields)
 
@@ -62,7 +68,7 @@ class Progress:
     self._show()
     now = time.monotonic()
     due = now - self._last_line > _SECONDS_BETWEEN_LINES or done == self._steps
-    if not self._console.is_terminal and due:
+    if self._shown and not self._console.is_terminal and due:
       self._last_line = now
       left = (self._steps - done) * self._batch / max(self.images_per_second, 1e-9)
       self.say(

@@ -1,12 +1,18 @@
 """One private step: accumulate clipped sums, add noise once, update.
 
-accumulator = zero_accumulator(params)
+accumulator = step.zero(params)
 for chunk in logical batch:                      # as many as the draw needs
     accumulator = step.accumulate(state, accumulator, chunk)
 state, noise_state, diagnostics = step.update(state, accumulator, noise_key, noise_state)
+
+Each row of the mesh adds up the physical batches that it is given, by itself: no device
+waits for another while a logical batch goes on. Then every parameter's sums are reduced once,
+each device getting its shard, which it adds its part of the one noise to and steps its part of
+the optimizer with; the new parameters are gathered once.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +20,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from dpcap import data, privacy
+from dpcap.training.mesh import DATA, Layout
 
 PyTree = Any
 
@@ -37,15 +45,17 @@ class TrainState(NamedTuple):
 
 
 class Accumulator(NamedTuple):
-  """Running sums over a logical batch. All but `sum` is diagnostics: private.
+  """Running sums over a logical batch, one for each row of the mesh.
+
+  All but `sum` is diagnostics: private.
 
   Attributes:
-    sum: clipped gradients, float32, like params; compensated.
-    examples: () that contributed, or would have but for an unusable gradient.
-    unusable: () examples whose gradient was not finite: they contributed zero.
-    clipped: () examples whose gradient was scaled down.
-    loss: () sum of finite losses.
-    norm: () sum of finite gradient norms.
+    sum: clipped gradients, float32, (rows, ...) as params; compensated.
+    examples: (rows,) that contributed, or would have but for an unusable gradient.
+    unusable: (rows,) examples whose gradient was not finite: they contributed zero.
+    clipped: (rows,) examples whose gradient was scaled down.
+    loss: (rows,) sum of finite losses.
+    norm: (rows,) sum of finite gradient norms.
   """
 
   sum: privacy.RunningSum
@@ -54,12 +64,6 @@ class Accumulator(NamedTuple):
   clipped: jax.Array
   loss: jax.Array
   norm: jax.Array
-
-
-def zero_accumulator(params: PyTree) -> Accumulator:
-  """The empty sum."""
-  zero = [jnp.zeros((), jnp.float32) for _ in range(5)]
-  return Accumulator(privacy.running_sum(params), *zero)
 
 
 def example_loss(model: nn.Module, frozen: PyTree) -> privacy.clipping.LossFn:
@@ -75,36 +79,49 @@ def example_loss(model: nn.Module, frozen: PyTree) -> privacy.clipping.LossFn:
 def init_state(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
+  layout: Layout,
   image_size: int,
   text_length: int,
   seed: int,
 ) -> TrainState:
-  """Initial parameters, from a public seed and no data."""
+  """Initial parameters, from a public seed and no data, laid out as `Step` keeps them."""
   image = jnp.zeros((image_size, image_size, 3), jnp.float32)
   tokens = jnp.ones((text_length,), jnp.int32)
 
-  @jax.jit
   def init():
     variables = model.init(jax.random.key(seed), image, tokens)
     params, frozen = variables['params'], variables.get('frozen', {})
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
 
-  return init()
+  return jax.jit(init, out_shardings=state_layout(layout, jax.eval_shape(init)))()
+
+
+def state_layout(layout: Layout, state: TrainState) -> TrainState:
+  """The shardings of a state: parameters whole in each row, the optimizer's state in shards."""
+  whole = lambda tree: jax.tree.map(lambda _: layout.whole(), tree)
+  return TrainState(
+    step=layout.whole(),
+    params=layout.params(state.params),
+    frozen=whole(state.frozen),
+    opt_state=layout.shards(state.opt_state),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """The two compiled halves of a step.
+  """The two compiled halves of a step, and what they begin with.
 
   Attributes:
+    zero: (params) -> the empty accumulator.
     accumulate: (state, accumulator, examples, mask, live) -> accumulator; the examples'
-      leading axes are (batches, physical batch), the first `live` of which are summed.
-      The accumulator is donated.
+      leading axes are (rows, batches, physical batch); of the batches of row r the first
+      live[r] are summed. The accumulator is donated.
     update: (state, accumulator, noise_key, noise_state) -> (state, noise_state, diagnostics).
       The state is donated. The key is an argument: a constant would end up in
       compiled programs and their caches on disk.
   """
 
+  zero: Callable[[PyTree], Accumulator]
   accumulate: Callable[..., Accumulator]
   update: Callable[..., tuple[TrainState, PyTree, dict[str, jax.Array]]]
 
@@ -113,6 +130,7 @@ def make_step(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   plan: privacy.PrivacyPlan,
+  layout: Layout,
   clipping: str = 'auto',
   clip_function: privacy.ClipFunction = privacy.Clip(),
 ) -> Step:
@@ -122,6 +140,7 @@ def make_step(
     model: its call is the loss of one example.
     optimizer: applied to the noisy mean gradient.
     plan: the privacy parameters.
+    layout: which device holds what.
     clipping: strategy of `clipped_sum`; a plan without privacy takes the plain sum.
     clip_function: from gradient norms to the factors that examples are scaled by.
   """
@@ -141,10 +160,30 @@ def make_step(
       strategy=clipping,
     )
 
-  def accumulate(state: TrainState, accumulator: Accumulator, examples, mask, live):
+  # Rows are apart in here; what their model axis does is left to the compiler.
+  in_each_row = functools.partial(
+    jax.shard_map, mesh=layout.mesh, axis_names={DATA}, check_vma=False
+  )
+  of_row, shared = PartitionSpec(DATA), PartitionSpec()
+
+  def zero(params) -> Accumulator:
+    like = jax.tree.map(lambda p: jax.ShapeDtypeStruct((layout.rows, *p.shape), p.dtype), params)
+    accumulator = Accumulator(
+      privacy.running_sum(like), *(jnp.zeros(layout.rows, jnp.float32) for _ in range(5))
+    )
+    return jax.lax.with_sharding_constraint(accumulator, layout.sums_of_rows(accumulator))
+
+  @functools.partial(
+    in_each_row, in_specs=(shared, shared, of_row, of_row, of_row, of_row), out_specs=of_row
+  )
+  def accumulate_in_row(params, frozen, accumulator, examples, mask, live):
+    accumulator, examples, mask, live = jax.tree.map(
+      lambda x: x[0], (accumulator, examples, mask, live)
+    )
+
     def add(i, acc: Accumulator) -> Accumulator:
       batch, used = jax.tree.map(lambda x: x[i], (examples, mask))
-      out = gradient_sum(state.frozen, state.params, batch, used)
+      out = gradient_sum(frozen, params, batch, used)
       finite_norm = jnp.where(jnp.isfinite(out.norms), out.norms, 0.0)
       unusable = ~jnp.isfinite(out.norms if plan.private else out.losses)
       return Accumulator(
@@ -157,13 +196,38 @@ def make_step(
       )
 
     # The trip count is data, not shape: padding costs nothing and nothing recompiles.
-    return jax.lax.fori_loop(0, live, add, accumulator)
+    return jax.tree.map(lambda x: x[None], jax.lax.fori_loop(0, live, add, accumulator))
+
+  def accumulate(state: TrainState, accumulator: Accumulator, examples, mask, live):
+    out = accumulate_in_row(state.params, state.frozen, accumulator, examples, mask, live)
+    return jax.lax.with_sharding_constraint(out, layout.sums_of_rows(out))
+
+  def reduce(sums: PyTree) -> PyTree:
+    """Sums (rows, ...) over the rows; each device gets its shard."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), sums)
+    specs = lambda shardings: jax.tree.map(lambda s: s.spec, shardings)
+
+    def over_rows(x: jax.Array, whole: jax.ShapeDtypeStruct) -> jax.Array:
+      axis = layout.scattered_axis(whole.shape)
+      if axis is None:
+        return jax.lax.psum(x[0], DATA)
+      return jax.lax.psum_scatter(x[0], DATA, scatter_dimension=axis, tiled=True)
+
+    return jax.shard_map(
+      lambda sums: jax.tree.map(over_rows, sums, like),
+      mesh=layout.mesh,
+      in_specs=(specs(layout.sums_of_rows(sums)),),
+      out_specs=specs(layout.shards(like)),
+    )(sums)
 
   def update(state: TrainState, accumulator: Accumulator, noise_key, noise_state):
-    clipped = accumulator.sum.value()
+    # Drawn outside of shard_map, where a shared key gives one logical array and not the
+    # same numbers on every shard.
+    clipped = reduce(accumulator.sum.value())
     noisy, noise_state = mechanism.add_noise(noise_key, state.step, clipped, noise_state)
     # The expected batch size is public, the sampled one is not.
     grads = jax.tree.map(lambda g: g / plan.expected_batch_size, noisy)
+    grads = jax.lax.with_sharding_constraint(grads, layout.shards(grads))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_state = TrainState(
       step=state.step + 1,
@@ -171,9 +235,12 @@ def make_step(
       frozen=state.frozen,
       opt_state=opt_state,
     )
-    return new_state, noise_state, _diagnostics(accumulator, plan.private)
+    new_state = jax.lax.with_sharding_constraint(new_state, state_layout(layout, new_state))
+    counts = jax.tree.map(jnp.sum, accumulator._replace(sum=None))
+    return new_state, noise_state, _diagnostics(counts, plan.private)
 
   return Step(
+    zero=jax.jit(zero),
     accumulate=jax.jit(accumulate, donate_argnums=1),
     update=jax.jit(update, donate_argnums=0),
   )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -51,7 +52,9 @@ def _no_rng(step, index):
   return np.random.default_rng([step, index])
 
 
-def _batches(draw=_draw, source=None, steps=4, physical=8, per_chunk=2, **transform):
+def _batches(
+  draw=_draw, source=None, steps=4, physical=8, per_chunk=2, rows=1, local_rows=None, **transform
+):
   return pipeline.LogicalBatches(
     source=source or Numbered(),
     transform=pipeline.Transform(4, 8, BytesTokenizer(), **transform),
@@ -61,6 +64,8 @@ def _batches(draw=_draw, source=None, steps=4, physical=8, per_chunk=2, **transf
     expected_batch_size=60,
     physical_batch=physical,
     batches_per_chunk=per_chunk,
+    rows=rows,
+    local_rows=local_rows or range(rows),
   )
 
 
@@ -86,8 +91,32 @@ def test_each_step_holds_exactly_its_draw(physical, per_chunk):
     np.testing.assert_array_equal(np.concatenate([_indices(c) for c in steps[step]]), kept)
     assert sum(c.drawn for c in steps[step]) == len(drawn)
     for chunk in steps[step]:
-      assert chunk.live == -(-chunk.drawn // physical)
-      assert not chunk.mask[chunk.live :].any()
+      assert chunk.live == [-(-chunk.drawn // physical)]
+      assert not chunk.mask[0, chunk.live[0] :].any()
+
+
+@pytest.mark.parametrize('size', [0, 1, 7, 50, 499])
+@pytest.mark.parametrize('rows, processes', [(2, 1), (8, 1), (4, 2), (6, 3)])
+def test_rows_and_processes_share_out_the_same_draw(rows, processes, size):
+  draw = lambda step: np.sort(np.random.default_rng(step).permutation(500)[:size])
+  share = rows // processes
+  of_process = [
+    _batches(draw=draw, rows=rows, local_rows=range(p * share, (p + 1) * share), steps=2)
+    for p in range(processes)
+  ]
+  for step in range(2):
+    steps = [_by_step(b, ((e, b[e]) for e in range(len(b)))).get(step, []) for b in of_process]
+    # All processes have as many chunks to sum, without a word to each other.
+    assert len({len(chunks) for chunks in steps}) == 1
+    found = [_indices(chunk) for chunks in steps for chunk in chunks]
+    expected = draw(step)[draw(step) != 13]
+    np.testing.assert_array_equal(np.sort(np.concatenate([*found, []])), expected)
+    drawn = [sum(chunk.drawn for chunk in chunks) for chunks in steps]
+    assert sum(drawn) == size and max(drawn) - min(drawn) <= share
+    for chunk in itertools.chain(*steps):
+      assert chunk.examples.image.shape[:3] == chunk.mask.shape == (share, 2, 8)
+      for row in range(share):
+        assert not chunk.mask[row, chunk.live[row] :].any()
 
 
 @pytest.mark.parametrize('size', [0, 1, 499])
@@ -123,7 +152,8 @@ def _assert_same(a, b):
       np.testing.assert_array_equal(c.examples.image, d.examples.image)
       np.testing.assert_array_equal(c.examples.tokens, d.examples.tokens)
       np.testing.assert_array_equal(c.mask, d.mask)
-      assert (c.live, c.drawn, c.bad, c.reasons) == (d.live, d.drawn, d.bad, d.reasons)
+      np.testing.assert_array_equal(c.live, d.live)
+      assert (c.drawn, c.bad, c.reasons) == (d.drawn, d.bad, d.reasons)
 
 
 def test_workers_and_seeking_change_nothing():

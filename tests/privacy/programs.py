@@ -67,7 +67,7 @@ def program(build, strategy, dtype, in_haste=True) -> Program:
     mask = np.ones(BATCH, bool)
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter('always')
-      jitted = jax.jit(clipped_sum, compiler_options=haste() if in_haste else None)
+      jitted = jax.jit(clipped_sum, compiler_options=haste() if in_haste else AT_LEISURE)
       traced = jitted.trace(params, inputs, mask, dtype(1))
     compiled = traced.lower().compile()
 
@@ -78,6 +78,13 @@ def program(build, strategy, dtype, in_haste=True) -> Program:
       )
 
   return Program(call, caught)
+
+
+# What a user gets: tests in general are compiled without it (conftest.py).
+AT_LEISURE = {
+  'xla_backend_optimization_level': 3,
+  'xla_llvm_disable_expensive_passes': False,
+}
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from dpcap.privacy import clipping
 from dpcap.training import build, loop
 from dpcap.training import step as step_lib
 from dpcap.training.checkpoints import Checkpoints
+from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer
 from tests import tiny
 
@@ -38,7 +39,10 @@ def _final(config, workdir, step=None):
   """The state in the newest checkpoint of a run."""
   model = build.make_model(config, build.make_tokenizer(config).vocab_size)
   optimizer = make_optimizer(config.optimizer, config.train.steps)
-  like = step_lib.init_state(model, optimizer, config.data.image_size, config.data.text_length, 0)
+  layout = Layout(make_mesh())
+  like = step_lib.init_state(
+    model, optimizer, layout, config.data.image_size, config.data.text_length, 0
+  )
   checkpoints = Checkpoints(workdir / 'checkpoints')
   step = step or checkpoints.latest_step()
   state = checkpoints.restore(step, like)

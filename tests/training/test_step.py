@@ -11,6 +11,7 @@ import pytest
 
 from dpcap import data, privacy
 from dpcap.training import step as step_lib
+from dpcap.training.mesh import Layout, make_mesh
 
 _BATCH, _EXPECTED, _CLIP, _SIGMA = 24, 20, 0.5, 0.7
 
@@ -37,8 +38,9 @@ def _plan(noise_multiplier=_SIGMA, **changes):
 def _make(plan, clipping='auto', clip_function=privacy.Clip()):
   optimizer = optax.sgd(1.0)
   model = Tiny()
-  state = step_lib.init_state(model, optimizer, 4, 3, seed=0)
-  step = step_lib.make_step(model, optimizer, plan, clipping, clip_function)
+  layout = Layout(make_mesh())
+  state = step_lib.init_state(model, optimizer, layout, 4, 3, seed=0)
+  step = step_lib.make_step(model, optimizer, plan, layout, clipping, clip_function)
   return step, jax.device_get(state)
 
 
@@ -49,14 +51,19 @@ def _examples(rng, n=_BATCH):
 
 def _accumulate(step, state, examples, mask, physical):
   n = len(mask)
-  fold = lambda x: x.reshape(n // physical, physical, *x.shape[1:])
+  fold = lambda x: x.reshape(1, n // physical, physical, *x.shape[1:])
   return step.accumulate(
     state,
-    step_lib.zero_accumulator(state.params),
+    step.zero(state.params),
     jax.tree.map(fold, examples),
     fold(mask),
-    n // physical,
+    np.array([n // physical]),
   )
+
+
+def _total(accumulator):
+  """The clipped sum over all rows."""
+  return jax.tree.map(lambda x: x.sum(0), accumulator.sum.value())
 
 
 def _direct_sum(state, examples, mask):
@@ -92,7 +99,7 @@ def test_accumulated_sum_equals_direct_sum_for_any_physical_batch(rng, physical,
   step, state = _make(_plan(), clipping)
   examples, mask = _examples(rng), rng.random(_BATCH) < 0.8
   accumulator = _accumulate(step, state, examples, mask, physical)
-  _close(accumulator.sum.value(), _direct_sum(state, examples, mask), 2e-5)
+  _close(_total(accumulator), _direct_sum(state, examples, mask), 2e-5)
   assert accumulator.examples == mask.sum()
 
 
@@ -106,18 +113,18 @@ def test_clipped_examples_are_those_that_were_scaled_down(rng):
 def test_automatic_clipping_gives_every_example_nearly_clip_norm(rng):
   step, state = _make(_plan(), clip_function=privacy.Automatic(gamma=1e-6))
   accumulator = _accumulate(step, state, _examples(rng), np.arange(_BATCH) < 1, 1)
-  squares = [np.sum(np.square(g)) for g in jax.tree.leaves(accumulator.sum.value())]
+  squares = [np.sum(np.square(g)) for g in jax.tree.leaves(_total(accumulator))]
   assert np.sqrt(sum(squares)) == pytest.approx(_CLIP, rel=1e-4)
 
 
 def test_physical_batches_past_live_are_not_looked_at(rng):
   step, state = _make(_plan())
   examples, mask = _examples(rng), np.ones(_BATCH, bool)
-  fold = lambda x: x.reshape(6, 4, *x.shape[1:])
-  args = jax.tree.map(fold, examples), fold(mask), 2
-  accumulator = step.accumulate(state, step_lib.zero_accumulator(state.params), *args)
+  fold = lambda x: x.reshape(1, 6, 4, *x.shape[1:])
+  args = jax.tree.map(fold, examples), fold(mask), np.array([2])
+  accumulator = step.accumulate(state, step.zero(state.params), *args)
   assert accumulator.examples == 8
-  _close(accumulator.sum.value(), _direct_sum(state, examples, np.arange(_BATCH) < 8), 2e-5)
+  _close(_total(accumulator), _direct_sum(state, examples, np.arange(_BATCH) < 8), 2e-5)
 
 
 @pytest.mark.parametrize('drawn', [0, 3, 24])
@@ -126,7 +133,7 @@ def test_update_divides_by_expected_not_sampled_batch_size(rng, drawn):
   examples, mask = _examples(rng), np.arange(_BATCH) < drawn
   accumulator = _accumulate(step, state, examples, mask, 4)
   key = jax.random.key(int(rng.integers(1 << 31)))
-  noisy, _ = _plan().make_mechanism().add_noise(key, 0, accumulator.sum.value(), ())
+  noisy, _ = _plan().make_mechanism().add_noise(key, 0, _total(accumulator), ())
   expected = jax.tree.map(lambda p, g: p - g / _EXPECTED, state.params, noisy)
   new_state, _, _ = step.update(_copy(state), accumulator, key, ())
   _close(new_state.params, expected)
@@ -177,7 +184,7 @@ def test_non_finite_loss_contributes_zero_and_is_counted(rng):
     step, state._replace(params=params), _examples(rng), np.ones(_BATCH, bool), 4
   )
   assert accumulator.unusable == _BATCH
-  assert all(np.all(g == 0) for g in jax.tree.leaves(accumulator.sum.value()))
+  assert all(np.all(g == 0) for g in jax.tree.leaves(_total(accumulator)))
   new, _, diagnostics = step.update(_copy(state), accumulator, jax.random.key(0), ())
   assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(new.params))
   assert diagnostics['unusable_gradients'] == _BATCH
@@ -207,12 +214,12 @@ def test_step_without_privacy_is_the_plain_gradient(rng):
 def test_one_compiled_program_serves_every_draw(rng):
   step, state = _make(_plan())
   for live in (1, 3, 6):
-    examples = jax.tree.map(lambda x: x.reshape(6, 4, *x.shape[1:]), _examples(rng))
-    mask = np.ones((6, 4), bool)
-    step.accumulate(state, step_lib.zero_accumulator(state.params), examples, mask, live)
+    examples = jax.tree.map(lambda x: x.reshape(1, 6, 4, *x.shape[1:]), _examples(rng))
+    mask = np.ones((1, 6, 4), bool)
+    step.accumulate(state, step.zero(state.params), examples, mask, np.array([live]))
   compiled = step.accumulate._cache_size()
   step.accumulate(
-    state, step_lib.zero_accumulator(state.params), examples, rng.random((6, 4)) < 0.5, 5
+    state, step.zero(state.params), examples, rng.random((1, 6, 4)) < 0.5, np.array([5])
   )
   assert step.accumulate._cache_size() == compiled
 
@@ -220,7 +227,5 @@ def test_one_compiled_program_serves_every_draw(rng):
 def test_noise_key_is_no_constant_of_the_compiled_program():
   step, state = _make(_plan())
   keys = privacy.Keys((0x12345678, 0x1ABCDEF0), (1, 2))
-  lowered = step.update.lower(
-    state, step_lib.zero_accumulator(state.params), keys.noise_key(), ()
-  ).as_text()
+  lowered = step.update.lower(state, step.zero(state.params), keys.noise_key(), ()).as_text()
   assert str(0x12345678) not in lowered and str(0x1ABCDEF0) not in lowered

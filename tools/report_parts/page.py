@@ -16,6 +16,7 @@ from dpcap import config as config_lib
 from dpcap import models
 from dpcap.errors import UserError
 from dpcap.training import build
+from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.step import init_state
 from tools.report_parts import captions, results
 from tools.report_parts.plots import Curve, panel
@@ -105,7 +106,10 @@ def _parameters(config: ml_collections.ConfigDict) -> str:
   except UserError:  # its file is on the machine that trained
     return ''
   model, c = build.make_model(config, vocabulary), config.data
-  init = functools.partial(init_state, model, optax.identity(), c.image_size, c.text_length, 0)
+  layout = Layout(make_mesh())
+  init = functools.partial(
+    init_state, model, optax.identity(), layout, c.image_size, c.text_length, 0
+  )
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(init).params))
   return f'{count:,} parameters; '
 

@@ -1,0 +1,110 @@
+"""Steps on meshes of 1 to 8 devices of one process; prints what came out as JSON.
+
+A program, for devices are counted when JAX starts; test_mesh.py runs it.
+"""
+
+import collections
+import json
+import os
+import re
+import sys
+
+os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+from dpcap import data, models, privacy  # noqa: E402
+from dpcap.training.mesh import Layout, make_mesh  # noqa: E402
+from dpcap.training.step import init_state, make_step  # noqa: E402
+from tests import tiny  # noqa: E402
+
+STEPS, PHYSICAL, BATCHES = 2, 4, 3
+# (devices, those of them that share parameters)
+MESHES = [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (4, 4)]
+COLLECTIVES = ('all-reduce', 'reduce-scatter', 'all-gather', 'collective-permute', 'all-to-all')
+
+
+def collectives(text: str) -> dict[str, int]:
+  """Kind of collective -> how many operands they have together, in a compiled program."""
+  counts = collections.Counter()
+  for kind, operands in re.findall(rf'\b({"|".join(COLLECTIVES)})(?:-start)?\(([^)]*)\)', text):
+    counts[kind] += operands.count('%')
+  return dict(counts)
+
+
+def loops(text: str) -> str:
+  """The computations of a compiled program that are, or are called in, a loop's body."""
+  computations = dict(re.findall(r'^(?:ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}', text, re.M | re.S))
+  seen, todo = set(), re.findall(r'body=%?([\w.-]+)', text)
+  while todo:
+    name = todo.pop()
+    if name not in seen:
+      seen.add(name)
+      called = r'(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.-]+)'
+      todo += re.findall(called, computations[name])
+  return '\n'.join(computations[name] for name in seen)
+
+
+def run(devices: int, model_parallel: int, clipping: str) -> dict:
+  """STEPS steps on the first devices: parameters, sums, losses, and what they communicate."""
+  layout = Layout(make_mesh(model_parallel, jax.devices()[:devices]))
+  config = tiny.get_config()
+  tokenizer = data.make_tokenizer('wordpiece', config.data.vocabulary)
+  model = models.make_model(
+    image_size=16, vocab_size=tokenizer.vocab_size, **config.model.to_dict()
+  )
+  plan = privacy.PrivacyPlan(
+    dataset_size=400,
+    expected_batch_size=50,
+    steps=STEPS,
+    delta=1e-3,
+    clip_norm=0.1,
+    noise_multiplier=1.0,
+  )
+  optimizer = optax.adamw(1e-3)
+  keys = privacy.Keys.from_seed(3)
+  batches = data.LogicalBatches(
+    source=data.Scenes(image_size=16, split='train', size=400, label='color'),
+    transform=data.Transform(16, 8, tokenizer),
+    draw=plan.make_sampler(keys.sampling).draw,
+    augmentation_rng=lambda step, index: np.random.default_rng([step, index]),
+    steps=STEPS,
+    expected_batch_size=50,
+    physical_batch=PHYSICAL,
+    batches_per_chunk=BATCHES,
+    rows=layout.rows,
+    local_rows=layout.local_rows,
+  )
+  state = init_state(model, optimizer, layout, 16, 8, seed=0)
+  step = make_step(model, optimizer, plan, layout, clipping)
+  key = jax.device_put(keys.noise_key(), layout.whole())
+  out, accumulate, update = {'losses': [], 'drawn': []}, None, None
+  for i in range(STEPS):
+    accumulator, drawn = step.zero(state.params), 0
+    for slot in range(batches.slots):
+      for chunk in batches[i * batches.slots + slot]:
+        inputs = jax.device_put((chunk.examples, chunk.mask, chunk.live), layout.by_row())
+        if accumulate is None:
+          accumulate = step.accumulate.lower(state, accumulator, *inputs).compile()
+          text = accumulate.as_text()
+          out['accumulate'], out['in_loops'] = collectives(text), collectives(loops(text))
+        accumulator = accumulate(state, accumulator, *inputs)
+        drawn += chunk.drawn
+    if update is None:
+      update = step.update.lower(state, accumulator, key, ()).compile()
+      out['update'] = collectives(update.as_text())
+      out['sharded'] = sum(not x.is_fully_replicated for x in jax.tree.leaves(state.opt_state))
+      shapes = [x.shape for x in jax.tree.leaves(state.params)]
+      out['parameters'] = len(shapes)
+      out['scattered'] = sum(layout.scattered_axis(shape) is not None for shape in shapes)
+    state, _, diagnostics = update(state, accumulator, key, ())
+    out['losses'].append(float(diagnostics['loss']))
+    out['drawn'].append(drawn)
+  out['params'] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)]).tolist()
+  return out
+
+
+if __name__ == '__main__':
+  json.dump({f'{d}/{m}': run(d, m, 'bookkeeping') for d, m in MESHES}, sys.stdout)

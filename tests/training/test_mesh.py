@@ -1,0 +1,59 @@
+"""Steps on several devices: the same numbers, and no more communication than it takes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dpcap.errors import UserError
+from dpcap.training.mesh import make_mesh
+
+MESHES = ('2/1', '4/1', '8/1', '8/2', '4/4')
+
+
+@pytest.fixture(scope='module', name='runs')
+def _runs(program):
+  """What `eight_devices.py` prints, by 'devices/model_parallel'."""
+  out, err = program('tests.training.eight_devices').communicate(timeout=300)
+  assert out, err
+  return json.loads(out)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_any_mesh_computes_what_one_device_does(runs, mesh):
+  one, many = runs['1/1'], runs[mesh]
+  assert many['drawn'] == one['drawn']
+  np.testing.assert_allclose(many['losses'], one['losses'], rtol=1e-6)
+  # Noise of standard deviation 2e-3 goes into every parameter: another draw would show.
+  np.testing.assert_allclose(many['params'], one['params'], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('mesh', ['1/1', '2/1', '4/1', '8/1'])
+def test_no_device_waits_for_another_while_a_logical_batch_goes_on(runs, mesh):
+  assert runs[mesh]['accumulate'] == {}
+
+
+def test_devices_of_a_row_meet_inside_the_loop_only_where_they_share_parameters(runs):
+  # Also shows that collectives in the loop would be found.
+  assert runs['8/2']['in_loops']
+
+
+@pytest.mark.parametrize('mesh', ['2/1', '4/1', '8/1'])
+def test_each_parameter_is_reduced_and_gathered_once_a_step(runs, mesh):
+  run = runs[mesh]
+  scattered, diagnostics = run['scattered'], 5
+  assert scattered > 0
+  assert run['update'] == {
+    'reduce-scatter': scattered,
+    'all-reduce': run['parameters'] - scattered + diagnostics,
+    'all-gather': scattered,
+  }
+  # The two moments of Adam.
+  assert run['sharded'] == 2 * scattered
+
+
+def test_devices_that_cannot_be_cut_into_rows_are_refused():
+  count = 2 * jax.device_count()
+  with pytest.raises(UserError, match=f'mesh.model_parallel is {count}; it must divide'):
+    make_mesh(count)

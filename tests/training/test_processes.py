@@ -1,0 +1,124 @@
+"""Runs of two real processes, and what becomes of them when one is stopped or killed."""
+
+import json
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dpcap.errors import UserError
+from dpcap.training import loop, processes
+from dpcap.training.checkpoints import Checkpoints
+from tests import tiny
+
+_STEPS = 16
+_CHANGES = {'train.steps': _STEPS, 'privacy.expected_batch_size': 150}
+
+
+def _start(program, workdir, count=2):
+  """Two processes of two devices each."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  flags = [f'--config.{key}={value}' for key, value in _CHANGES.items()]
+  return [
+    program(
+      'dpcap.train',
+      '--config=tests/tiny.py',
+      f'--workdir={workdir}',
+      *flags,
+      JAX_COORDINATOR_ADDRESS=address,
+      JAX_NUM_PROCESSES=str(count),
+      JAX_PROCESS_ID=str(i),
+      XLA_FLAGS='--xla_force_host_platform_device_count=2',
+    )
+    for i in range(count)
+  ]
+
+
+def _wait_for_step(workdir, step, running):
+  deadline = time.monotonic() + 120
+  path = workdir / 'metrics.jsonl'
+  while not (path.exists() and len(path.read_text().splitlines()) >= step):
+    assert all(p.poll() is None for p in running), [p.communicate()[1] for p in running]
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def _losses(workdir):
+  lines = (workdir / 'diagnostics.private.jsonl').read_text().splitlines()
+  return [json.loads(line)['loss'] for line in lines]
+
+
+def test_two_processes_stopped_and_killed_compute_what_one_does(program, tmp_path):
+  config = tiny.get_config()
+  for key, value in _CHANGES.items():
+    section, name = key.split('.')
+    config[section][name] = value
+  expected = loop.train(config, tmp_path / 'one')
+
+  workdir = tmp_path / 'two'
+  # SIGTERM to one stops both, at the same moment, and both save.
+  running = _start(program, workdir)
+  _wait_for_step(workdir, 2, running)
+  running[1].send_signal(signal.SIGTERM)
+  errors = [p.communicate(timeout=60)[1] for p in running]
+  assert [p.returncode for p in running] == [loop.STOPPED] * 2, errors
+  assert 'saved; the same command goes on' in errors[0]
+
+  # The death of one ends the other, within a bounded time.
+  running = _start(program, workdir)
+  _wait_for_step(workdir, 7, running)
+  running[1].kill()
+  error = running[0].communicate(timeout=3 * processes.HEARTBEAT_SECONDS)[1]
+  # It may be JAX's own thread that notices, and ends the process.
+  assert running[0].returncode in (processes.LOST, -signal.SIGABRT), error
+  assert 'lost another process of this run' in error or 'another task died' in error
+
+  running = _start(program, workdir)
+  errors = [p.communicate(timeout=120)[1] for p in running]
+  assert [p.returncode for p in running] == [0, 0], errors
+  assert 'resuming after step' in errors[0]
+  # Nothing was released twice, and every draw and noise is that of one process.
+  statement = json.loads((workdir / 'privacy.json').read_text())
+  assert statement['releases'] == statement['steps'] == _STEPS
+  np.testing.assert_allclose(_losses(workdir), _losses(tmp_path / 'one'), rtol=1e-5)
+  checkpoints = Checkpoints(workdir / 'checkpoints', read_only=True)
+  actual = checkpoints.restore(_STEPS, expected).params
+  checkpoints.close()
+  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+  jax.tree.map(close, actual, expected.params)
+
+
+@pytest.mark.parametrize(
+  'environment, message',
+  [
+    ({'JAX_NUM_PROCESSES': '2'}, 'JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID not set'),
+    (
+      {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'},
+      "JAX_PROCESS_ID is '2' and JAX_NUM_PROCESSES '2'",
+    ),
+    (
+      {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': 'two', 'JAX_PROCESS_ID': '0'},
+      'must be whole numbers',
+    ),
+  ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, environment, message):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(UserError, match=message):
+    processes.initialize()
+
+
+def test_one_process_of_one_needs_nobody(monkeypatch):
+  for name, value in zip(
+    ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'), ('a:1', '1', '0')
+  ):
+    monkeypatch.setenv(name, value)
+  processes.initialize()
+  assert processes.is_main()
+  assert processes.from_main(lambda: {'a': 1}) == {'a': 1}
