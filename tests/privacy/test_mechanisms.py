@@ -139,7 +139,10 @@ def test_eight_devices_draw_the_numbers_of_one(rng, tmp_path):
     check=True,
     cwd=REPOSITORY,
     env=os.environ
-    | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu'},
+    | {
+      'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=8',
+      'JAX_PLATFORMS': 'cpu',
+    },
   )
   key = jax.random.wrap_key_data(jnp.array(words, jnp.uint32))
   expected = draw(key, 11, [(16, 24), (3, 40), (5,), (16, 24)], 1.5, 2.0)

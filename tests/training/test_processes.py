@@ -1,6 +1,7 @@
 """Runs of two real processes, and what becomes of them when one is stopped or killed."""
 
 import json
+import os
 import signal
 import socket
 import time
@@ -15,7 +16,12 @@ from dpcap.training.checkpoints import Checkpoints
 from tests import tiny
 
 _STEPS = 16
-_CHANGES = {'train.steps': _STEPS, 'privacy.expected_batch_size': 150}
+# One example at a time: notice of a SIGTERM takes a second to go round, and steps must outlast it.
+_CHANGES = {
+  'train.steps': _STEPS,
+  'privacy.expected_batch_size': 150,
+  'mesh.physical_batch': 1,
+}
 
 
 def _start(program, workdir, count=2):
@@ -33,7 +39,7 @@ def _start(program, workdir, count=2):
       JAX_COORDINATOR_ADDRESS=address,
       JAX_NUM_PROCESSES=str(count),
       JAX_PROCESS_ID=str(i),
-      XLA_FLAGS='--xla_force_host_platform_device_count=2',
+      XLA_FLAGS=f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2',
     )
     for i in range(count)
   ]
