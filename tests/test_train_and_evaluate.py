@@ -61,6 +61,7 @@ def _run(program, tmp_path_factory):
     '--config.data.workers=1',
     '--config.train.steps=3',
     '--config.optimizer.warmup_steps=1',
+    '--config.privacy.epsilon=0.5',  # takes a fifth of the time to calibrate that 8 does
     '--config.privacy.expected_batch_size=50',
     '--config.mesh.physical_batch=8',
     '--config.train.log_every=1',
@@ -73,7 +74,7 @@ def _run(program, tmp_path_factory):
 
 def test_bad_records_are_survived_counted_and_told(run):
   _, workdir, _, errors = run
-  assert 'N 60 ' in errors and ('epsilon 8.0' in errors or 'epsilon 7.99' in errors)
+  assert 'N 60 ' in errors and ('epsilon 0.5' in errors or 'epsilon 0.499' in errors)
   assert 'drawn records cannot be used and contribute zero' in errors
   assert 'Traceback' not in errors
   lines = [

@@ -21,8 +21,14 @@ from dpcap.training.step import init_state, make_step  # noqa: E402
 from tests import tiny  # noqa: E402
 
 STEPS, PHYSICAL, BATCHES = 2, 4, 3
-# (devices, those of them that share parameters)
-MESHES = [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (4, 4)]
+# (devices, those of them that share parameters, clipping); vmap is the faster one to compile.
+RUNS = [
+  (1, 1, 'vmap'),
+  (2, 1, 'vmap'),
+  (4, 1, 'vmap'),
+  (8, 1, 'bookkeeping'),
+  (8, 2, 'bookkeeping'),
+]
 COLLECTIVES = ('all-reduce', 'reduce-scatter', 'all-gather', 'collective-permute', 'all-to-all')
 
 
@@ -107,4 +113,4 @@ def run(devices: int, model_parallel: int, clipping: str) -> dict:
 
 
 if __name__ == '__main__':
-  json.dump({f'{d}/{m}': run(d, m, 'bookkeeping') for d, m in MESHES}, sys.stdout)
+  json.dump({f'{d}/{m}': run(d, m, clipping) for d, m, clipping in RUNS}, sys.stdout)

@@ -9,7 +9,7 @@ import pytest
 from dpcap.errors import UserError
 from dpcap.training.mesh import make_mesh
 
-MESHES = ('2/1', '4/1', '8/1', '8/2', '4/4')
+MESHES = ('2/1', '4/1', '8/1', '8/2')
 
 
 @pytest.fixture(scope='module', name='runs')
