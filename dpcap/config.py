@@ -117,6 +117,13 @@ SECTIONS = {
     ),
     'mechanism': Key(str, 'gaussian', 'how noise is added', tuple(privacy.MECHANISMS)),
     'sampler': Key(str, 'poisson', 'how batches are drawn', tuple(privacy.SAMPLERS)),
+    'truncated_batch_size': Key(
+      int,
+      None,
+      'most that a draw of sampler truncated_poisson holds; None: 8 deviations above the mean',
+      check=_POSITIVE,
+      optional=True,
+    ),
     'accountant': Key(str, 'pld', 'what epsilon is read by', tuple(privacy.ACCOUNTANTS)),
     'expected_batch_size': Key(int, 1024, 'mean size of a logical batch', check=_POSITIVE),
     'delta': Key(

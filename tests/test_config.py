@@ -50,7 +50,11 @@ def test_every_experiment_fits_the_schema(experiment):
     ('privacy.clip_norm', None, ['privacy.clip_norm', 'None']),
     ('privacy.expected_batch_size', 2.5, ['expected_batch_size', '2.5', 'int']),
     ('privacy.expected_batch_size', True, ['expected_batch_size', 'True', 'int']),
-    ('privacy.sampler', 'bernoulli', ['privacy.sampler', "'bernoulli'", 'poisson, shuffle']),
+    (
+      'privacy.sampler',
+      'bernoulli',
+      ['privacy.sampler', "'bernoulli'", 'poisson, truncated_poisson, shuffle'],
+    ),
     ('privacy.accountant', 'prv', ["'prv'", 'pld, rdp']),
     ('privacy.clipping', 'none', ["'none'", 'vmap', 'auto']),
     ('privacy.clip_function', 'tanh', ["'tanh'", 'clip, automatic']),

@@ -43,6 +43,18 @@ def _quiet():
     logging.set_verbosity(verbosity)
 
 
+def _with_whole_draws(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
+  """A composed event without the truncation of its draws: never more, which RDP covers."""
+  if not isinstance(event, dp_accounting.SelfComposedDpEvent):
+    return event
+  step = event.event
+  if not isinstance(step, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+    return event
+  noise = dp_accounting.GaussianDpEvent(step.noise_multiplier)
+  whole = dp_accounting.PoissonSampledDpEvent(step.sampling_probability, noise)
+  return dp_accounting.SelfComposedDpEvent(whole, event.count)
+
+
 @functools.lru_cache(maxsize=1024)
 def epsilon(event: dp_accounting.DpEvent, delta: float, accountant: str) -> float | None:
   """The epsilon at `delta` of a composed event, under zero-out adjacency.
@@ -58,7 +70,7 @@ def epsilon(event: dp_accounting.DpEvent, delta: float, accountant: str) -> floa
   """
   if not covers(event, accountant):
     return None
-  if accountant == 'pld' and (epsilon(event, delta, 'rdp') or 0) > _NO_GUARANTEE:
+  if accountant == 'pld' and (epsilon(_with_whole_draws(event), delta, 'rdp') or 0) > _NO_GUARANTEE:
     return math.inf
   bound = ACCOUNTANTS[accountant](neighboring_relation=ADJACENCY)
   with _quiet():
@@ -89,8 +101,9 @@ def calibrate_noise_multiplier(
   high = 1.0
   # The RDP bound takes milliseconds where the PLD takes seconds, and is nearly always
   # the looser one: its answer is where to look from.
-  guide = 'rdp' if covers(make_event(high), 'rdp') else accountant
-  while epsilon(make_event(high), delta, guide) > target_epsilon:
+  make_guide = lambda sigma: _with_whole_draws(make_event(sigma))
+  guide = 'rdp' if covers(make_guide(high), 'rdp') else accountant
+  while epsilon(make_guide(high), delta, guide) > target_epsilon:
     high *= 2
     if high > _LARGEST_NOISE_MULTIPLIER:
       raise ValueError(
@@ -99,12 +112,15 @@ def calibrate_noise_multiplier(
         ' delta, or take fewer steps or a smaller expected_batch_size'
       )
   low = high / 2
-  while epsilon(make_event(low), delta, guide) <= target_epsilon:
+  while epsilon(make_guide(low), delta, guide) <= target_epsilon:
     high, low = low, low / 2
-    if low < _SMALLEST_NOISE_MULTIPLIER[guide]:
-      return high
+    if low < _SMALLEST_NOISE_MULTIPLIER[accountant]:
+      if guide == accountant:
+        return high
+      break
+  else:
+    high = _solve(make_guide, target_epsilon, delta, guide, low, high)
   if guide != accountant:
-    high = _solve(make_event, target_epsilon, delta, guide, low, high)
     while epsilon(make_event(high), delta, accountant) > target_epsilon:
       high *= 1.1
     low = 0.8 * high

@@ -8,29 +8,42 @@ import dp_accounting
 from dpcap.privacy import accounting, clipping, mechanisms, sampling
 
 
-def _poisson_gaussian(q: float, noise_multiplier: float, releases: int):
-  return dp_accounting.SelfComposedDpEvent(
-    dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(noise_multiplier)),
-    releases,
+def _poisson_gaussian(plan: 'PrivacyPlan') -> dp_accounting.DpEvent:
+  noise = dp_accounting.GaussianDpEvent(plan.noise_multiplier)
+  return dp_accounting.PoissonSampledDpEvent(plan.sampling_probability, noise)
+
+
+def _truncated_poisson_gaussian(plan: 'PrivacyPlan') -> dp_accounting.DpEvent:
+  return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+    plan.dataset_size,
+    plan.sampling_probability,
+    plan.truncated_batch_size,
+    plan.noise_multiplier,
   )
 
 
-def _no_guarantee(q: float, noise_multiplier: float, releases: int):
-  del q, noise_multiplier, releases
+def _no_guarantee(plan: 'PrivacyPlan') -> dp_accounting.DpEvent:
+  del plan
   return dp_accounting.NonPrivateDpEvent()
 
 
-# What a run of `releases` steps is to an accountant. A pair that is not here does not
-# belong together and is refused.
+# What one step is to an accountant. A pair that is not here does not belong together and
+# is refused.
 _EVENTS = {
   ('poisson', 'gaussian'): _poisson_gaussian,
+  ('truncated_poisson', 'gaussian'): _truncated_poisson_gaussian,
   ('poisson', 'none'): _no_guarantee,
+  ('truncated_poisson', 'none'): _no_guarantee,
   ('shuffle', 'none'): _no_guarantee,
 }
 
 
 # Less noise is no privacy, and accountants overflow.
 _SMALLEST_NOISE_MULTIPLIER = 1e-3
+
+# Where a draw is truncated unless said otherwise, in standard deviations of its size above
+# the mean: it costs no epsilon, and hardly ever happens.
+_TRUNCATED_DEVIATIONS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +60,8 @@ class PrivacyPlan:
     mechanism: a key of MECHANISMS.
     sampler: a key of SAMPLERS.
     accountant: a key of ACCOUNTANTS, the one that epsilon is read by.
+    truncated_batch_size: the most that a draw of the sampler 'truncated_poisson' holds, by
+      default eight standard deviations above the mean; None with the others.
 
   Raises:
     ValueError: naming the field, its value and what is allowed.
@@ -61,10 +76,12 @@ class PrivacyPlan:
   mechanism: str = 'gaussian'
   sampler: str = 'poisson'
   accountant: str = 'pld'
+  truncated_batch_size: int | None = None
 
   def __post_init__(self):
     _check_sizes(self.dataset_size, self.expected_batch_size, self.steps, self.delta)
     _check_pair(self.sampler, self.mechanism)
+    self._settle_truncation()
     if self.accountant not in accounting.ACCOUNTANTS:
       raise ValueError(
         f'accountant is {self.accountant!r}; allowed: {", ".join(accounting.ACCOUNTANTS)}'
@@ -88,6 +105,24 @@ class PrivacyPlan:
         f' with mechanism {self.mechanism!r}'
       )
 
+  def _settle_truncation(self):
+    value = self.truncated_batch_size
+    if self.sampler != 'truncated_poisson':
+      if value is not None:
+        raise ValueError(
+          f"truncated_batch_size is {value}; it goes with sampler 'truncated_poisson' only"
+        )
+      return
+    if value is None:
+      mean, q = self.expected_batch_size, self.sampling_probability
+      value = math.ceil(mean + _TRUNCATED_DEVIATIONS * math.sqrt(mean * (1 - q)))
+      object.__setattr__(self, 'truncated_batch_size', min(value, self.dataset_size))
+    elif not self.expected_batch_size <= value <= self.dataset_size:
+      raise ValueError(
+        f'truncated_batch_size is {value}; it must be from expected_batch_size,'
+        f" {self.expected_batch_size}, to the data set's size, {self.dataset_size}"
+      )
+
   @property
   def private(self) -> bool:
     """Whether the run has a guarantee at all."""
@@ -100,8 +135,8 @@ class PrivacyPlan:
 
   def event(self, releases: int) -> dp_accounting.DpEvent:
     """What `releases` distinct noisy gradients are to an accountant."""
-    make = _EVENTS[self.sampler, self.mechanism]
-    return make(self.sampling_probability, self.noise_multiplier, releases)
+    event = _EVENTS[self.sampler, self.mechanism](self)
+    return dp_accounting.SelfComposedDpEvent(event, releases)
 
   def epsilon(self, releases: int | None = None, accountant: str | None = None) -> float | None:
     """Epsilon after `releases` (default: all steps), None if the accountant has no bound."""
@@ -112,7 +147,11 @@ class PrivacyPlan:
 
   def make_sampler(self, key: tuple[int, int]):
     """The sampler of this plan under a secret sampling key."""
-    return sampling.SAMPLERS[self.sampler](self.dataset_size, self.expected_batch_size, key)
+    settings = {}
+    if self.truncated_batch_size is not None:
+      settings['truncated_batch_size'] = self.truncated_batch_size
+    make = sampling.SAMPLERS[self.sampler]
+    return make(self.dataset_size, self.expected_batch_size, key, **settings)
 
   def make_mechanism(self) -> mechanisms.Mechanism:
     """The noise mechanism of this plan."""
@@ -130,6 +169,7 @@ def calibrate(
   mechanism: str = 'gaussian',
   sampler: str = 'poisson',
   accountant: str = 'pld',
+  truncated_batch_size: int | None = None,
 ) -> PrivacyPlan:
   """A plan with the least noise that keeps the whole run within `epsilon`.
 
@@ -155,6 +195,7 @@ def calibrate(
     mechanism=mechanism,
     sampler=sampler,
     accountant=accountant,
+    truncated_batch_size=truncated_batch_size,
   )
   _check_pair(sampler, mechanism)
   if mechanism == 'none':

@@ -15,7 +15,7 @@ import numpy as np
 VIRTUAL_SHARDS = 1024
 
 # First word of the counter's domain: keeps streams under one key from ever meeting.
-_POISSON, _SHUFFLE, _AUGMENT = 1, 2, 3
+_POISSON, _SHUFFLE, _AUGMENT, _TRUNCATE = 1, 2, 3, 4
 
 
 def _generator(key: tuple[int, int], domain: int, a: int, b: int) -> np.random.Generator:
@@ -80,6 +80,38 @@ class PoissonSampler:
 
 
 @dataclasses.dataclass(frozen=True)
+class TruncatedPoissonSampler:
+  """Poisson, but never more than `truncated_batch_size`: the surplus is dropped at random.
+
+  Formal guarantee: draws are independent, and each is what
+  `dp_accounting.TruncatedSubsampledGaussianDpEvent(N, q, truncated_batch_size, ...)` assumes:
+  the Poisson sample where it is small enough, else a subset of it of that size, all subsets
+  being equally likely. Source: Chua et al. 2024 (arXiv 2411.04205); for its accounting
+  arXiv 2508.15089.
+
+  Attributes:
+    dataset_size: N, fixed and public.
+    expected_batch_size: q N, before anything is dropped.
+    key: two 64-bit words, secret.
+    truncated_batch_size: the most that a draw can hold.
+  """
+
+  dataset_size: int
+  expected_batch_size: int
+  key: tuple[int, int] = dataclasses.field(repr=False)
+  truncated_batch_size: int
+
+  def draw(self, step: int) -> np.ndarray:
+    """Indices drawn at `step`, ascending int64."""
+    drawn = PoissonSampler(self.dataset_size, self.expected_batch_size, self.key).draw(step)
+    if len(drawn) <= self.truncated_batch_size:
+      return drawn
+    rng = _generator(self.key, _TRUNCATE, 0, step)
+    dropped = rng.choice(len(drawn), len(drawn) - self.truncated_batch_size, replace=False)
+    return np.delete(drawn, dropped)
+
+
+@dataclasses.dataclass(frozen=True)
 class ShuffleSampler:
   """Batches of exactly the expected size from a fresh permutation every epoch.
 
@@ -101,4 +133,8 @@ class ShuffleSampler:
     return np.sort(order[first : first + self.expected_batch_size])
 
 
-SAMPLERS = {'poisson': PoissonSampler, 'shuffle': ShuffleSampler}
+SAMPLERS = {
+  'poisson': PoissonSampler,
+  'truncated_poisson': TruncatedPoissonSampler,
+  'shuffle': ShuffleSampler,
+}

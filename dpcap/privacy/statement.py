@@ -12,6 +12,10 @@ _MECHANISMS = {
 }
 _SAMPLERS = {
   'poisson': 'Poisson: every example in every step independently with probability q',
+  'truncated_poisson': (
+    'truncated Poisson: every example in every step independently with probability q, the'
+    ' surplus over a maximum dropped uniformly at random'
+  ),
   'shuffle': 'shuffled epochs, batches of fixed size',
 }
 _ENTROPY = (
@@ -60,6 +64,7 @@ def make_statement(
     'dataset_size': plan.dataset_size,
     'expected_batch_size': plan.expected_batch_size,
     'sampling_probability': plan.sampling_probability,
+    'truncated_batch_size': plan.truncated_batch_size,
     'noise_multiplier': plan.noise_multiplier,
     'clip_norm': plan.clip_norm if plan.private else None,
     'clipping': clipping_strategy,
@@ -98,12 +103,14 @@ def statement_text(statement: dict) -> str:
   bounds = ', '.join(
     f'{value:.3f} by {name.upper()}' for name, value in s['epsilon'].items() if value is not None
   )
+  at_most = s['truncated_batch_size']
   return (
     f'This model is (epsilon, delta)-differentially private with epsilon = {bounds},'
     f' delta = {s["delta"]:.3g}. Unit: {s["unit"]}; adjacency: {s["adjacency"]}.'
     f' Mechanism: {s["mechanism"]}, of standard deviation {s["noise_multiplier"]:.4f} x C,'
     f' C = {s["clip_norm"]:g}. Sampler: {s["sampler"]}, q = {s["expected_batch_size"]:,} /'
-    f' {s["dataset_size"]:,} = {s["sampling_probability"]:.3g}. {s["releases"]:,} noisy'
-    f' gradients were released ({s["steps"]:,} steps). Keys: {s["key_policy"]}.'
+    f' {s["dataset_size"]:,} = {s["sampling_probability"]:.3g}'
+    f'{f", at most {at_most:,}" if at_most else ""}. {s["releases"]:,} noisy gradients were'
+    f' released ({s["steps"]:,} steps). Keys: {s["key_policy"]}.'
     f' Not covered: {"; ".join(s["not_covered"])}.'
   )

@@ -59,6 +59,7 @@ def make_plan(config: ml_collections.ConfigDict, dataset_size: int) -> privacy.P
     mechanism=p.mechanism,
     sampler=p.sampler,
     accountant=p.accountant,
+    truncated_batch_size=p.truncated_batch_size,
   )
   try:
     if p.epsilon is not None:

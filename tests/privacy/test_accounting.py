@@ -142,8 +142,61 @@ def test_next_to_no_noise_has_no_finite_bound():
     assert make_plan(noise_multiplier, steps=10_000).epsilon() == math.inf
 
 
+@pytest.mark.parametrize('truncated_batch_size, expected', [(1_310_720, 61.39), (None, 7.34)])
+def test_truncating_at_the_mean_ruins_epsilon_and_far_above_it_costs_nothing(
+  truncated_batch_size, expected
+):
+  plan = privacy.PrivacyPlan(
+    dataset_size=N,
+    expected_batch_size=1_310_720,
+    steps=5708,
+    delta=1 / N,
+    clip_norm=1.0,
+    noise_multiplier=0.728,
+    sampler='truncated_poisson',
+    truncated_batch_size=truncated_batch_size,
+  )
+  assert round(plan.epsilon(), 2) == expected
+
+
+def test_truncated_epsilon_is_that_of_dp_accounting_called_directly(rng):
+  size = int(rng.integers(500, 2000))
+  batch, steps = int(rng.integers(10, size // 5)), int(rng.integers(1, 50))
+  most, noise_multiplier = batch + int(rng.integers(1, 20)), rng.uniform(1, 3)
+  plan = make_plan(
+    noise_multiplier,
+    dataset_size=size,
+    expected_batch_size=batch,
+    steps=steps,
+    sampler='truncated_poisson',
+    truncated_batch_size=most,
+  )
+  direct = pld.PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
+  direct.compose(
+    dp_accounting.TruncatedSubsampledGaussianDpEvent(size, batch / size, most, noise_multiplier),
+    steps,
+  )
+  assert plan.epsilon() == pytest.approx(direct.get_epsilon(plan.delta), rel=1e-6)
+
+
+def test_calibration_takes_truncation_into_account():
+  target, settings = 0.3, SMALL | {'steps': 5}
+  truncated = dict(sampler='truncated_poisson', truncated_batch_size=100)
+  plan = privacy.calibrate(epsilon=target, **settings, **truncated)
+  assert 0.998 * target <= plan.epsilon() <= target
+  whole = privacy.calibrate(epsilon=target, **settings)
+  assert plan.noise_multiplier > 1.05 * whole.noise_multiplier
+  rare = dataclasses.replace(whole, sampler='truncated_poisson')
+  assert rare.epsilon() == pytest.approx(target, rel=2e-3)
+
+
+def test_truncation_with_next_to_no_noise_has_no_finite_bound():
+  plan = make_plan(0.02, steps=10_000, sampler='truncated_poisson')
+  assert plan.epsilon() == math.inf
+
+
 def test_a_run_without_noise_has_infinite_epsilon():
-  for sampler in ('poisson', 'shuffle'):
+  for sampler in ('poisson', 'truncated_poisson', 'shuffle'):
     plan = make_plan(0.0, mechanism='none', sampler=sampler)
     assert plan.epsilon(accountant='rdp') == math.inf
     assert plan.epsilon(accountant='pld') == math.inf

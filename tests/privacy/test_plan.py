@@ -37,7 +37,7 @@ SIZES = [
   ('clip_norm', INF, 'finite and at least'),
   ('clip_norm', NAN, 'finite and at least'),
   ('mechanism', 'laplace', 'gaussian, none'),
-  ('sampler', 'cyclic', 'poisson, shuffle'),
+  ('sampler', 'cyclic', 'poisson, truncated_poisson, shuffle'),
   ('accountant', 'moments', 'pld, rdp'),
 ]
 
@@ -81,6 +81,37 @@ def test_a_sampler_that_no_accountant_covers_is_refused_with_the_pairs_that_go()
   right = {key: RIGHT[key] for key in RIGHT if key != 'noise_multiplier'}
   with pytest.raises(ValueError, match=message):
     privacy.calibrate(epsilon=8.0, sampler='shuffle', **right)
+
+
+TRUNCATED = RIGHT | dict(sampler='truncated_poisson')
+
+
+@pytest.mark.parametrize('value', [0, 99, 1001])
+def test_a_truncation_that_makes_no_sense_is_refused(value):
+  with pytest.raises(
+    ValueError, match=f'truncated_batch_size is {value}; .* from .*100, to .*1000'
+  ):
+    privacy.PrivacyPlan(**TRUNCATED, truncated_batch_size=value)
+
+
+@pytest.mark.parametrize('sampler', ['poisson', 'shuffle'])
+def test_truncation_goes_with_its_sampler_only(sampler):
+  changes = dict(sampler=sampler, truncated_batch_size=200)
+  with pytest.raises(ValueError, match="is 200; it goes with sampler 'truncated_poisson' only"):
+    privacy.PrivacyPlan(**(RIGHT | (NOT_PRIVATE if sampler == 'shuffle' else {}) | changes))
+
+
+def test_a_truncated_draw_is_accounted_by_pld_only():
+  with pytest.raises(ValueError, match="accountant is 'rdp', which does not cover.*truncated"):
+    privacy.PrivacyPlan(**TRUNCATED, accountant='rdp')
+  plan = privacy.PrivacyPlan(**TRUNCATED)
+  assert plan.epsilon(accountant='rdp') is None
+  # Eight deviations of sqrt(100 * 0.9) above the mean.
+  assert plan.truncated_batch_size == 176
+  assert plan.make_sampler((1, 2)).truncated_batch_size == 176
+  assert dataclasses.replace(plan, expected_batch_size=1000, truncated_batch_size=None) == (
+    privacy.PrivacyPlan(**(TRUNCATED | {'expected_batch_size': 1000}), truncated_batch_size=1000)
+  )
 
 
 @pytest.mark.parametrize('noise_multiplier', [1.5, -1.0, NAN])

@@ -249,3 +249,54 @@ def test_augmentations_are_replayable_and_differ_between_steps_and_examples(rng)
   assert len(set(numbers.values())) == 25
   again = sampling.augmentation_generator(key, 2, 3).random(3)
   np.testing.assert_array_equal(again, numbers[2, 3])
+
+
+def make_truncated(rng, size, batch, most):
+  return SAMPLERS['truncated_poisson'](size, batch, make_key(rng), most)
+
+
+@pytest.fixture(name='few_shards')
+def _few_shards(monkeypatch):
+  monkeypatch.setattr(sampling, 'VIRTUAL_SHARDS', 3)
+  monkeypatch.setattr(sampling.PoissonSampler.draw, '__defaults__', (range(3),))
+
+
+def test_truncation_only_ever_drops_the_surplus(rng, few_shards):
+  sampler = make_truncated(rng, 300, 60, 63)
+  whole = SAMPLERS['poisson'](300, 60, sampler.key)
+  sizes = []
+  for step in range(400):
+    drawn, everything = sampler.draw(step), whole.draw(step)
+    assert drawn.dtype == np.int64 and np.all(np.diff(drawn) > 0)
+    assert np.isin(drawn, everything).all()
+    assert len(drawn) == min(len(everything), 63)
+    sizes.append(len(everything))
+    np.testing.assert_array_equal(sampler.draw(step), drawn)
+  assert min(sizes) < 63 < max(sizes)
+
+
+def test_whom_truncation_drops_is_uniform(rng, few_shards):
+  size, batch, most, steps = 12, 6, 5, 20_000
+  sampler = make_truncated(rng, size, batch, most)
+  drawn = np.zeros((steps, size), bool)
+  for step in range(steps):
+    drawn[step, sampler.draw(step)] = True
+  sizes, q = np.arange(size + 1), batch / size
+  kept = np.minimum(sizes, most)
+  chances = scipy.stats.binom.pmf(sizes, size, q)
+  assert_frequency(drawn.sum(0), steps, np.sum(chances * kept) / size, sampler.key)
+  together = drawn.T.astype(np.float64) @ drawn
+  pairs = np.sum(chances * kept * (kept - 1)) / (size * (size - 1))
+  assert_frequency(together[~np.eye(size, dtype=bool)], steps, pairs, sampler.key)
+  # All subsets of the largest size are equally likely.
+  full = drawn[drawn.sum(1) == most] @ (1 << np.arange(size))
+  counts = np.unique(full, return_counts=True)[1]
+  assert len(counts) == 792
+  assert scipy.stats.chisquare(counts).pvalue > UNLIKELY
+
+
+def test_truncation_keeps_to_its_own_stream(rng, few_shards):
+  """What is dropped in one step says nothing of the next, nor of another draw."""
+  sampler = make_truncated(rng, 50, 50, 25)
+  drops = [tuple(sampler.draw(step)) for step in range(200)]
+  assert len(set(drops)) == 200

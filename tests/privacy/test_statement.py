@@ -1,5 +1,6 @@
 """The statement: complete, readable by programs, and never more than is true."""
 
+import dataclasses
 import json
 import math
 
@@ -39,6 +40,16 @@ def without_noise(sampler='poisson'):
     clip_norm=math.inf,
     sampler=sampler,
   )
+
+
+def test_a_truncated_draw_is_named_with_its_maximum():
+  plan = dataclasses.replace(PLAN, sampler='truncated_poisson', truncated_batch_size=900)
+  statement = make(plan)
+  assert statement['truncated_batch_size'] == 900
+  assert statement['epsilon']['rdp'] is None and statement['epsilon']['pld'] > 0
+  assert statement['private'] is True
+  assert 'truncated Poisson' in statement['text'] and 'at most 900.' in statement['text']
+  assert make()['truncated_batch_size'] is None and 'at most' not in make()['text']
 
 
 def refuse(constant):
