@@ -57,6 +57,9 @@ SECTIONS = {
     'size': Key(str, 'base', 'its size', tuple(models.SIZES)),
     'patch_size': Key(int, None, "pixels; None: the size's own", check=_POSITIVE, optional=True),
     'dtype': Key(str, 'float32', 'compute type; parameters are float32', tuple(models.DTYPES)),
+    'scan_blocks': Key(
+      bool, False, 'compile one block of each kind, which runs as a scan; parameters are stacked'
+    ),
   },
   'data': {
     'image_size': Key(int, 224, 'side of the images, pixels', check=_POSITIVE),
@@ -166,6 +169,9 @@ SECTIONS = {
     'physical_batch': Key(int, 16, 'examples at a time on a device', check=_POSITIVE, fixed=False),
     'batches_per_chunk': Key(
       int, 8, 'physical batches per transfer to the device', check=_POSITIVE, fixed=False
+    ),
+    'remat': Key(
+      bool, False, 'compute the inside of blocks again in the backward pass', fixed=False
     ),
     'model_parallel': Key(
       int,

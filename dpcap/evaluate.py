@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from dpcap import command_line, data, evals
+from dpcap import command_line, data, evals, models
 from dpcap.errors import UserError
 from dpcap.evals import table
 from dpcap.training import build
@@ -98,11 +98,13 @@ def make_subject(config, checkpoint: pathlib.Path) -> evals.Subject:
   checkpoints = Checkpoints(checkpoint.parent, read_only=True)
   variables = checkpoints.restore_model(int(checkpoint.name), fresh)
   checkpoints.close()
+  untrained = {'params': fresh.params, 'frozen': fresh.frozen}
   transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer)
   return evals.Subject(
-    model=model,
-    variables=variables,
-    untrained={'params': fresh.params, 'frozen': fresh.frozen},
+    # To scan blocks is for compiling the training step; evaluations look into blocks.
+    model=model.clone(scan_blocks=False, remat=False),
+    variables=models.unstack_blocks(variables),
+    untrained=models.unstack_blocks(untrained),
     transform=transform,
     make_source=functools.partial(build.make_source, config),
     workers=config.data.workers,

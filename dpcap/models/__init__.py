@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dpcap.errors import UserError
+from dpcap.models.blocks import unstack_blocks
 from dpcap.models.captioner import PADDING, Captioner
 from dpcap.models.sizes import SIZES, Size
 
-__all__ = ['Captioner', 'MODELS', 'PADDING', 'SIZES', 'Size', 'make_model']
+__all__ = ['Captioner', 'MODELS', 'PADDING', 'SIZES', 'Size', 'make_model', 'unstack_blocks']
 
 MODELS = {'captioner': Captioner}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -25,6 +26,8 @@ def make_model(
   vocab_size: int,
   dtype: str = 'float32',
   patch_size: int | None = None,
+  scan_blocks: bool = False,
+  remat: bool = False,
 ) -> nn.Module:
   """A model by name; nothing is initialised.
 
@@ -35,6 +38,7 @@ def make_model(
     vocab_size: number of token ids of the tokenizer.
     dtype: compute type, 'float32' or 'bfloat16'; parameters are float32 either way.
     patch_size: pixels; None takes the size's own.
+    scan_blocks, remat: see `Captioner`.
 
   Raises:
     UserError: naming the argument, its value and what is allowed.
@@ -54,4 +58,10 @@ def make_model(
     raise UserError(
       f'image_size={image_size} must be a positive multiple of the patch size, {shape.patch_size}'
     )
-  return MODELS[name](vocab_size=vocab_size, dtype=DTYPES[dtype], **shape._asdict())
+  return MODELS[name](
+    vocab_size=vocab_size,
+    dtype=DTYPES[dtype],
+    scan_blocks=scan_blocks,
+    remat=remat,
+    **shape._asdict(),
+  )

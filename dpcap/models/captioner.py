@@ -30,6 +30,8 @@ class Captioner(nn.Module):
     width, depth, heads: of the encoder; width a multiple of four and of heads.
     decoder_width, decoder_depth, decoder_heads: of the decoder, likewise.
     dtype: compute type. Norms, softmax, features and loss use at least float32.
+    scan_blocks: compile one block of the encoder and one of the decoder, their parameters stacked.
+    remat: compute the inside of every block again in the backward pass.
   """
 
   vocab_size: int
@@ -41,13 +43,21 @@ class Captioner(nn.Module):
   decoder_depth: int
   decoder_heads: int
   dtype: jnp.dtype = jnp.float32
+  scan_blocks: bool = False
+  remat: bool = False
 
   def setup(self):
-    self.encoder = ViT(self.patch_size, self.width, self.depth, self.heads, self.dtype)
+    blocks = dict(scan_blocks=self.scan_blocks, remat=self.remat)
+    self.encoder = ViT(self.patch_size, self.width, self.depth, self.heads, self.dtype, **blocks)
     self.memory_projection = Dense(self.decoder_width, dtype=self.dtype)
     self.memory_type_embedding = frozen(self, 'memory_type_embedding', self.decoder_width)
     self.decoder = CaptionDecoder(
-      self.vocab_size, self.decoder_width, self.decoder_depth, self.decoder_heads, self.dtype
+      self.vocab_size,
+      self.decoder_width,
+      self.decoder_depth,
+      self.decoder_heads,
+      self.dtype,
+      **blocks,
     )
 
   def encode(self, image_HxWx3: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dpcap.models.attention import attend
+from dpcap.models.blocks import run_blocks
 from dpcap.models.positions import text_positions
 from dpcap.models.vit import Dense, frozen, gelu
 
@@ -46,7 +47,7 @@ class CaptionDecoder(nn.Module):
   """Next-token logits: memory (..., S, width), tokens (..., T) int -> (..., T, vocab_size).
 
   Logits at position t depend on tokens 0..t only. Works for any T: positions are computed.
-  The text type embedding is frozen. Source: Sander et al. 2024, section 3, and its code.
+  The text type embedding is frozen. `scan_blocks` and `remat`: see `run_blocks`. Source: Sander et al. 2024, section 3, and its code.
   """
 
   vocab_size: int
@@ -54,6 +55,8 @@ class CaptionDecoder(nn.Module):
   depth: int
   heads: int
   dtype: jnp.dtype
+  scan_blocks: bool = False
+  remat: bool = False
 
   @nn.compact
   def __call__(self, memory_SxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
@@ -69,7 +72,15 @@ class CaptionDecoder(nn.Module):
 
     x_TxD = embed(tokens_T)
     x_TxD += jnp.asarray(positions_TxD, x_TxD.dtype) + type_embedding_D.astype(x_TxD.dtype)
-    for i in range(self.depth):
-      x_TxD = DecoderBlock(self.heads, self.dtype, name=f'block_{i}')(x_TxD, memory_SxD)
+    x_TxD = run_blocks(
+      DecoderBlock,
+      self.depth,
+      x_TxD,
+      memory_SxD,
+      scan=self.scan_blocks,
+      remat=self.remat,
+      heads=self.heads,
+      dtype=self.dtype,
+    )
     x_TxD = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')(x_TxD)
     return Dense(self.vocab_size, dtype=self.dtype, name='logits')(x_TxD)

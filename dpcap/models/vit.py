@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpcap.models.attention import attend
+from dpcap.models.blocks import run_blocks
 from dpcap.models.positions import image_positions
 
 # The kernels of projections are Xavier uniform, also the fused ones (as one matrix).
@@ -76,6 +77,7 @@ class ViT(nn.Module):
 
   The class token and the type embedding are frozen (collection 'frozen'): they are added
   but never trained, as in the reference implementation.
+  `scan_blocks` and `remat`: see `run_blocks`.
   Source: Dosovitskiy et al. 2021; MAE (He et al. 2022) for the positions.
   """
 
@@ -84,6 +86,8 @@ class ViT(nn.Module):
   depth: int
   heads: int
   dtype: jnp.dtype
+  scan_blocks: bool = False
+  remat: bool = False
 
   @nn.compact
   def __call__(self, image_HxWx3: jax.Array) -> jax.Array:
@@ -99,8 +103,15 @@ class ViT(nn.Module):
     x_TxD = jnp.concatenate([class_1xD, x_PxD], axis=-2)
     x_TxD += jnp.asarray(positions_TxD, x_TxD.dtype) + type_embedding_D.astype(x_TxD.dtype)
 
-    for i in range(self.depth):
-      x_TxD = EncoderBlock(self.heads, self.dtype, name=f'block_{i}')(x_TxD)
+    x_TxD = run_blocks(
+      EncoderBlock,
+      self.depth,
+      x_TxD,
+      scan=self.scan_blocks,
+      remat=self.remat,
+      heads=self.heads,
+      dtype=self.dtype,
+    )
     return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x_TxD)
 
 

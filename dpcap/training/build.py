@@ -15,7 +15,12 @@ def make_tokenizer(config: ml_collections.ConfigDict) -> data.Tokenizer:
 
 def make_model(config: ml_collections.ConfigDict, vocab_size: int) -> nn.Module:
   """The model of `config.model`, not initialised."""
-  return models.make_model(image_size=config.data.image_size, vocab_size=vocab_size, **config.model)
+  return models.make_model(
+    image_size=config.data.image_size,
+    vocab_size=vocab_size,
+    remat=config.mesh.remat,
+    **config.model,
+  )
 
 
 def make_source(config: ml_collections.ConfigDict, source: ml_collections.ConfigDict):

@@ -1,8 +1,12 @@
 """The optimizer and its schedule (section 5 of Sander et al. 2024, and their code)."""
 
+from typing import Any
+
 import jax
 import ml_collections
 import optax
+
+PyTree = Any
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
@@ -28,5 +32,12 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     b1=config.b1,
     b2=config.b2,
     weight_decay=config.weight_decay,
-    mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    mask=decaying,
+  )
+
+
+def decaying(params: PyTree) -> PyTree:
+  """Which parameters decay: all but biases and scales, which scanned blocks stack to matrices."""
+  return jax.tree.map_with_path(
+    lambda path, p: p.ndim > 1 and path[-1].key not in ('bias', 'scale'), params
   )

@@ -1270,9 +1270,9 @@ def merged_adapters():
 # --- Whole models.
 
 
-def _captioner(dtype=None) -> Model:
+def _captioner(dtype=None, **settings) -> Model:
   """The project's own model; `dtype` None computes in that of the parameters."""
-  module = models.make_model('captioner', size='micro', image_size=16, vocab_size=11)
+  module = models.make_model('captioner', size='micro', image_size=16, vocab_size=11, **settings)
 
   def make_batch(rng, size):
     tokens = rng.integers(1, 11, size=(size, 6))
@@ -1293,6 +1293,11 @@ def _captioner(dtype=None) -> Model:
 @entry
 def captioner():
   return _captioner()
+
+
+@entry
+def captioner_in_scanned_blocks_with_remat():
+  return _captioner(scan_blocks=True, remat=True)
 
 
 BFLOAT16: dict[str, Callable[[], Model]] = {}

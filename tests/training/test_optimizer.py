@@ -31,7 +31,11 @@ def test_adamw_equals_a_direct_version_and_decays_matrices_only():
   config = dpcap.get_config().optimizer
   config.warmup_steps, config.decay_steps = 1, 10
   rng = np.random.default_rng()
-  params = {'w': rng.normal(size=(3, 2)), 'b': rng.normal(size=2)}
+  params = {
+    'w': rng.normal(size=(3, 2)),
+    'b': rng.normal(size=2),
+    'scale': rng.normal(size=(4, 2)),  # of four scanned blocks
+  }
   optimizer = make_optimizer(config, 10)
   schedule = make_schedule(config, 10)
   state, x = optimizer.init(jax.tree.map(jnp.float32, params)), dict(params)

@@ -1,0 +1,61 @@
+"""Blocks of one kind, one after the other: unrolled or as a scan, with or without remat."""
+
+import jax
+from flax import linen as nn
+
+# Where the parameters of scanned blocks are, stacked along a leading axis of blocks; unrolled
+# ones are in block_0, block_1, ...
+_STACKED = 'blocks'
+
+
+def run_blocks(
+  block: type[nn.Module],
+  depth: int,
+  x: jax.Array,
+  *shared: jax.Array,
+  scan: bool = False,
+  remat: bool = False,
+  **settings,
+) -> jax.Array:
+  """x = block(x, *shared), `depth` times with parameters of its own; call it in a compact method.
+
+  Args:
+    block: module class whose call takes x and returns the next x.
+    depth: how many.
+    x: what goes from block to block.
+    shared: further arguments, the same for all.
+    scan: one compiled block that runs `depth` times, its parameters stacked. Compiling takes the
+      time of one block; XLA cannot overlap or fuse across blocks.
+    remat: the backward pass computes what is inside of a block again: memory for one block's
+      activations, for a third more time.
+    settings: the module's attributes.
+  """
+  if remat:
+    # A scan keeps the two computations apart by itself.
+    block = nn.remat(block, prevent_cse=not scan)
+  if not scan:
+    for i in range(depth):
+      x = block(**settings, name=f'block_{i}')(x, *shared)
+    return x
+  run = nn.scan(
+    lambda block, x, *shared: (block(x, *shared), None),
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=nn.broadcast,
+    length=depth,
+  )
+  return run(block(**settings, name=_STACKED), x, *shared)[0]
+
+
+def unstack_blocks(variables: dict) -> dict:
+  """The variables of the model whose blocks are unrolled, from those of scanned blocks.
+
+  What has no scanned blocks is returned as it is.
+  """
+  if not isinstance(variables, dict):
+    return variables
+  out = {name: unstack_blocks(value) for name, value in variables.items() if name != _STACKED}
+  if stacked := variables.get(_STACKED):
+    depth = len(jax.tree.leaves(stacked)[0])
+    out |= {f'block_{i}': jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
+  return out
