@@ -6,8 +6,10 @@ A program, for devices are counted when JAX starts; test_mesh.py runs it.
 import collections
 import json
 import os
+import pathlib
 import re
 import sys
+import tempfile
 
 os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'
 
@@ -16,6 +18,7 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
 from dpcap import data, models, privacy  # noqa: E402
+from dpcap.training.checkpoints import Checkpoints  # noqa: E402
 from dpcap.training.mesh import Layout, make_mesh  # noqa: E402
 from dpcap.training.step import init_state, make_step  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -25,10 +28,11 @@ STEPS, PHYSICAL, BATCHES = 2, 4, 3
 RUNS = [
   (1, 1, 'vmap'),
   (2, 1, 'vmap'),
-  (4, 1, 'vmap'),
   (8, 1, 'bookkeeping'),
   (8, 2, 'bookkeeping'),
+  (4, 1, 'vmap'),  # goes on from the checkpoint that 8 devices wrote after the first step
 ]
+WRITER, READER = (8, 1), (4, 1)
 COLLECTIVES = ('all-reduce', 'reduce-scatter', 'all-gather', 'collective-permute', 'all-to-all')
 
 
@@ -53,8 +57,8 @@ def loops(text: str) -> str:
   return '\n'.join(computations[name] for name in seen)
 
 
-def run(devices: int, model_parallel: int, clipping: str) -> dict:
-  """STEPS steps on the first devices: parameters, sums, losses, and what they communicate."""
+def run(devices: int, model_parallel: int, clipping: str, folder: pathlib.Path) -> dict:
+  """Steps on the first devices: parameters, sums, losses, and what they communicate."""
   layout = Layout(make_mesh(model_parallel, jax.devices()[:devices]))
   config = tiny.get_config()
   tokenizer = data.make_tokenizer('wordpiece', config.data.vocabulary)
@@ -86,8 +90,12 @@ def run(devices: int, model_parallel: int, clipping: str) -> dict:
   state = init_state(model, optimizer, layout, 16, 8, seed=0)
   step = make_step(model, optimizer, plan, layout, clipping)
   key = jax.device_put(keys.noise_key(), layout.whole())
+  checkpoints, first = Checkpoints(folder), 0
+  if (devices, model_parallel) == READER:
+    first = checkpoints.latest_step()
+    state = checkpoints.restore(first, state)
   out, accumulate, update = {'losses': [], 'drawn': []}, None, None
-  for i in range(STEPS):
+  for i in range(first, STEPS):
     accumulator, drawn = step.zero(state.params), 0
     for slot in range(batches.slots):
       for chunk in batches[i * batches.slots + slot]:
@@ -108,9 +116,14 @@ def run(devices: int, model_parallel: int, clipping: str) -> dict:
     state, _, diagnostics = update(state, accumulator, key, ())
     out['losses'].append(float(diagnostics['loss']))
     out['drawn'].append(drawn)
+    if (devices, model_parallel, i) == (*WRITER, 0):
+      checkpoints.save(state, {})
+  checkpoints.close()
   out['params'] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)]).tolist()
   return out
 
 
 if __name__ == '__main__':
-  json.dump({f'{d}/{m}': run(d, m, clipping) for d, m, clipping in RUNS}, sys.stdout)
+  with tempfile.TemporaryDirectory() as folder:
+    runs = {f'{d}/{m}': run(d, m, clipping, pathlib.Path(folder)) for d, m, clipping in RUNS}
+  json.dump(runs, sys.stdout)
