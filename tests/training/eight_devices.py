@@ -44,6 +44,13 @@ def collectives(text: str) -> dict[str, int]:
   return dict(counts)
 
 
+def memory(compiled) -> int:
+  """Bytes that XLA says one device needs."""
+  of = compiled.memory_analysis()
+  results = of.output_size_in_bytes - of.alias_size_in_bytes
+  return of.argument_size_in_bytes + results + of.temp_size_in_bytes
+
+
 def loops(text: str) -> str:
   """The computations of a compiled program that are, or are called in, a loop's body."""
   computations = dict(re.findall(r'^(?:ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}', text, re.M | re.S))
@@ -104,11 +111,13 @@ def run(devices: int, model_parallel: int, clipping: str, folder: pathlib.Path) 
           accumulate = step.accumulate.lower(state, accumulator, *inputs).compile()
           text = accumulate.as_text()
           out['accumulate'], out['in_loops'] = collectives(text), collectives(loops(text))
+          out['accumulate_bytes'] = memory(accumulate)
         accumulator = accumulate(state, accumulator, *inputs)
         drawn += chunk.drawn
     if update is None:
       update = step.update.lower(state, accumulator, key, ()).compile()
       out['update'] = collectives(update.as_text())
+      out['update_bytes'] = memory(update)
       out['sharded'] = sum(not x.is_fully_replicated for x in jax.tree.leaves(state.opt_state))
       shapes = [x.shape for x in jax.tree.leaves(state.params)]
       out['parameters'] = len(shapes)
