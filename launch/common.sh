@@ -1,0 +1,56 @@
+# What the shell launchers share. Each sets `settings`, names without value in `required`, and
+# variables of these names to their defaults; then it calls `read_settings "$@"`.
+
+dry_run=''
+flags=() # of dpcap.train
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Fills the settings from --NAME=VALUE, and `flags` from what follows --.
+read_settings() {
+  local key
+  while (($#)); do
+    case $1 in
+      --)
+        shift
+        flags=("$@")
+        break
+        ;;
+      --dry_run) dry_run=1 ;;
+      --help)
+        sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+        exit
+        ;;
+      --*=*)
+        key=${1%%=*} key=${key#--}
+        [[ " $settings " == *" $key "* ]] || fail "--$key is no setting; there are: $settings"
+        printf -v "$key" %s "${1#*=}"
+        ;;
+      *) fail "'$1' is not understood; settings are --NAME=VALUE, flags of dpcap.train follow --" ;;
+    esac
+    shift
+  done
+  for key in $required; do
+    [[ -n ${!key} ]] || fail "--$key is missing; $0 --help says what it is"
+  done
+  [[ ${restarts-0} =~ ^[0-9]+$ ]] || fail "--restarts=$restarts must be a whole number"
+  for key in --config --workdir; do
+    [[ " ${flags[*]-}" == *" $key"[=\ ]* ]] ||
+      fail "$key is missing; flags of dpcap.train follow --"
+  done
+}
+
+# The words as one line that a shell reads as these words.
+quoted() {
+  local line
+  printf -v line ' %q' "$@"
+  echo "${line# }"
+}
+
+# Runs a command, or shows it in a dry run.
+run() {
+  if [[ $dry_run ]]; then quoted "$@"; else "$@"; fi
+}
