@@ -1,5 +1,5 @@
-# What the shell launchers share. Each sets `settings`, names without value in `required`, and
-# variables of these names to their defaults; then it calls `read_settings "$@"`.
+# What the shell launchers share: settings, the flags of dpcap.train, dry runs.
+# shellcheck shell=bash
 
 dry_run=''
 flags=() # of dpcap.train
@@ -9,9 +9,11 @@ fail() {
   exit 2
 }
 
-# Fills the settings from --NAME=VALUE, and `flags` from what follows --.
+# read_settings NAMES ARGUMENTS...: fills variables of these names, which hold the defaults, from
+# --NAME=VALUE, and `flags` from what follows --. All must have a value in the end.
 read_settings() {
-  local key
+  local key settings=$1
+  shift
   while (($#)); do
     case $1 in
       --)
@@ -33,7 +35,7 @@ read_settings() {
     esac
     shift
   done
-  for key in $required; do
+  for key in $settings; do
     [[ -n ${!key} ]] || fail "--$key is missing; $0 --help says what it is"
   done
   [[ ${restarts-0} =~ ^[0-9]+$ ]] || fail "--restarts=$restarts must be a whole number"

@@ -22,11 +22,9 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
-settings='name cluster project zone tpu_type slices image storage python restarts grace'
-required=$settings
 name='' cluster='' project='' zone='' tpu_type='' slices=1 image='' storage=''
 python=python3 restarts=100 grace=300
-read_settings "$@"
+read_settings 'name cluster project zone tpu_type slices image storage python restarts grace' "$@"
 
 # xpk passes SIGTERM on to the shell that this line is for: exec puts Python in its place.
 train=$(quoted exec env DPCAP_MULTIHOST=1 "$python" -m dpcap.train "${flags[@]}")

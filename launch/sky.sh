@@ -18,10 +18,8 @@ here=$(dirname "$0")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 
-settings='nodes gpus infra name setup spot extra'
-required=$settings
 nodes='' gpus='' infra='' name=dpcap setup='' spot=yes extra=cuda
-read_settings "$@"
+read_settings 'nodes gpus infra name setup spot extra' "$@"
 case $spot in
   yes) kind=--use-spot ;;
   no) kind=--no-use-spot ;;

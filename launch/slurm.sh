@@ -19,10 +19,8 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
-settings='nodes gpus_per_node cpus name python restarts grace'
-required=$settings
 nodes='' gpus_per_node='' cpus=8 name=dpcap python=.venv/bin/python restarts=100 grace=300
-read_settings "$@"
+read_settings 'nodes gpus_per_node cpus name python restarts grace' "$@"
 
 # The signal goes to the processes, not to the script that waits for them.
 run sbatch --job-name="$name" --nodes="$nodes" \

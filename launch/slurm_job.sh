@@ -10,6 +10,7 @@ shift 2
 step=(env DPCAP_MULTIHOST=1 srun --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait=90 "$@")
 if [[ ${DRY_RUN-} ]]; then
   printf '%q ' "${step[@]}"
+  echo
   exit
 fi
 

@@ -22,10 +22,8 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
-settings='name zone accelerator version setup directory python spot restarts'
-required=$settings
 name='' zone='' accelerator='' version='' setup='' directory='' python='' spot=yes restarts=100
-read_settings "$@"
+read_settings 'name zone accelerator version setup directory python spot restarts' "$@"
 [[ $spot == yes || $spot == no ]] || fail "--spot=$spot must be yes or no"
 
 queue() {
