@@ -16,7 +16,7 @@ from dpcap.training import loop
 from dpcap.training import processes as training_processes
 from launch import local
 
-_STEPS = 6
+_STEPS = 4
 
 
 def _shell(script, **environment):
@@ -159,8 +159,10 @@ def test_a_run_that_loses_a_process_goes_on(program, tmp_path):
     '--config=tests/tiny.py',
     f'--workdir={workdir}',
     f'--config.train.steps={_STEPS}',
-    # Long enough steps for the kill to come amid them.
-    '--config.privacy.expected_batch_size=100',
+    # Without privacy, which compiles faster; steps long enough for the kill to come amid one.
+    '--config.privacy.noise_multiplier=None',
+    '--config.privacy.epsilon=inf',
+    '--config.privacy.expected_batch_size=60',
     '--config.mesh.physical_batch=2',
   )
   deadline = time.monotonic() + 120
@@ -173,5 +175,4 @@ def test_a_run_that_loses_a_process_goes_on(program, tmp_path):
   assert launcher.returncode == 0, error
   assert 'process 1: SIGKILL; starting all again in 1 s (restart 1 of 10)' in error
   assert 'resuming after step' in error
-  statement = json.loads((workdir / 'privacy.json').read_text())
-  assert statement['releases'] == statement['steps'] == _STEPS
+  assert json.loads((workdir / 'privacy.json').read_text())['steps'] == _STEPS
