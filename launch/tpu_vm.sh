@@ -63,7 +63,7 @@ acquire() {
 
 # A service of systemd: it outlives the connection, one host has one at most, and its end can be
 # asked for. systemd reads $ as a variable, $$ as itself.
-stop='sudo systemctl stop dpcap 2>/dev/null; sudo systemctl reset-failed dpcap 2>/dev/null'
+stop='sudo systemctl stop dpcap 2>/dev/null; sudo systemctl reset-failed dpcap 2>/dev/null; true'
 train=$(quoted "$python" -m dpcap.train "${flags[@]//\$/\$\$}")
 start="$stop; $setup && sudo systemd-run --unit=dpcap --remain-after-exit --uid=\"\$(id -u)\" \
 --working-directory=$(quoted "$directory") --setenv=DPCAP_MULTIHOST=1 \
@@ -84,13 +84,19 @@ if [[ $dry_run ]]; then
   exit
 fi
 
-trap 'on all "$stop"; exit 143' INT TERM
+trap 'on all "$stop" || true; exit 143' INT TERM
 for ((attempt = 0; attempt <= restarts; attempt++)); do
   acquire
   status=0
-  on all "$start" || status=$?
+  if ! on all "$start"; then
+    # Setting up fails again on the same hosts; hosts that went away come back.
+    if [[ $(state) == ACTIVE ]]; then fail "not all hosts of $name could start; see above"; fi
+    status=75
+  fi
   while ((status == 0)); do
-    on 0 "$attend" && exit
+    # In the background: a signal is handled at once, not when the run has ended.
+    on 0 "$attend" &
+    wait $! && exit
     status=$?
     if ((status == 2)); then exit 2; fi
     # The connection, not the run: look again.

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import time
 
 import pytest
 import yaml
@@ -224,3 +225,30 @@ def test_tpu_vm_comes_back_after_a_preemption(tmp_path, last, expected):
     *('create', 'all', '0'),
     *('delete', 'create', 'all', '0', '0'),
   ]
+
+
+def test_tpu_vm_ends_if_its_hosts_cannot_be_set_up(tmp_path):
+  _tool(tmp_path, 'gcloud', 'case "$*" in *list*) echo ACTIVE;; *worker=all*) exit 1;; esac')
+  done = _launch('tpu_vm.sh', *_arguments('tpu_vm.sh'), '--', *_FLAGS, path=tmp_path)
+  assert done.returncode == 2
+  assert done.stderr == 'error: not all hosts of mine could start; see above\n'
+
+
+def test_tpu_vm_passes_a_stop_on(tmp_path):
+  log = tmp_path / 'log'
+  _tool(
+    tmp_path,
+    'gcloud',
+    f'echo "$@" >> {log}; case "$*" in *list*) echo ACTIVE;; *worker=0*) exec sleep 5;; esac',
+  )
+  command = ['bash', str(_LAUNCH / 'tpu_vm.sh'), *_arguments('tpu_vm.sh'), '--', *_FLAGS]
+  environment = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+  launcher = subprocess.Popen(command, env=environment)
+  deadline = time.monotonic() + 30
+  while not (log.exists() and 'worker=0' in log.read_text()):
+    assert launcher.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+  launcher.terminate()
+  assert launcher.wait(timeout=4) == 143
+  last = log.read_text().splitlines()[-1]
+  assert 'worker=all' in last and 'systemctl stop dpcap' in last and 'systemd-run' not in last
