@@ -12,9 +12,8 @@ import time
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY
-
-_LAUNCH = REPOSITORY / 'launch'
+_REPOSITORY = pathlib.Path(__file__).parents[2]
+_LAUNCH = _REPOSITORY / 'launch'
 _SCRIPTS = sorted(path.name for path in _LAUNCH.glob('*.sh'))
 _FLAGS = [
   '--config=configs/dpcap.py:base',
@@ -167,7 +166,7 @@ def test_wrong_arguments_are_refused(script):
 def test_shellcheck(script):
   checker = shutil.which('shellcheck', path=sysconfig.get_path('scripts')) or 'shellcheck'
   command = [checker, '--external-sources', f'launch/{script}']
-  done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+  done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 
