@@ -29,6 +29,9 @@ LOST = 75
 # The others of a process that dies know of it after this time at most.
 HEARTBEAT_SECONDS = 30
 
+# What carries arrays between processes, as its errors name it: on CPU, on GPU.
+_TRANSPORTS = ('Gloo', 'NCCL')
+
 _NAMES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
@@ -113,7 +116,9 @@ def stop_is_due(requests: list[int], moment: int) -> bool:
 def is_loss(error: Exception) -> bool:
   """Whether an error is what this process sees of another one's death."""
   kinds = (jax.errors.JaxRuntimeError, TimeoutError)
-  return jax.process_count() > 1 and isinstance(error, kinds)
+  # Reading an array that the dead one had a part in raises ValueError.
+  lost = isinstance(error, kinds) or any(name in str(error) for name in _TRANSPORTS)
+  return jax.process_count() > 1 and lost
 
 
 @contextlib.contextmanager

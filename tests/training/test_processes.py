@@ -126,3 +126,17 @@ def test_one_process_of_one_needs_nobody(monkeypatch):
   processes.initialize()
   assert processes.is_main()
   assert processes.from_main(lambda: {'a': 1}) == {'a': 1}
+
+
+@pytest.mark.parametrize(
+  'error, expected',
+  [
+    (jax.errors.JaxRuntimeError('UNAVAILABLE: another task died'), True),
+    (ValueError('UNKNOWN: Gloo AllGather failed: Connection reset by peer'), True),
+    (ValueError('RESOURCE_EXHAUSTED: no space left on device'), False),
+  ],
+)
+def test_a_loss_is_told_from_other_errors(monkeypatch, error, expected):
+  assert not processes.is_loss(error)  # one process has none to lose
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  assert processes.is_loss(error) == expected
