@@ -55,7 +55,7 @@ def test_text_losses_are_the_models_own(subject, images):
   @jax.jit
   def run(images):
     memory = subject.model.apply(subject.variables, images, method='memory')
-    padded = np.array([tokens_of(subject, text, 10) for text in texts])
+    padded = np.array([[tokens_of(subject, text, 10) for text in texts]] * len(images))
     expected = subject.model.apply(subject.variables, memory[:, None], padded, method='text_loss')
     return zero_shot.text_losses(subject.model, subject.variables, memory, tokens), expected
 
