@@ -50,9 +50,7 @@ class CaseBatch(NamedTuple):
   groups: list[str]
 
 
-def evaluate_scenes(
-  subject: Subject, *, split: str, size: int, test: str, batch_size: int
-) -> Result:
+def evaluate_scenes(subject: Subject, *, source, test: str, batch_size: int) -> Result:
   """ARO's tests made from the grammar of `scenes`, whose parts of speech are known.
 
   attributes: the colours of two things swapped; relations: the two things about a relation
@@ -61,17 +59,21 @@ def evaluate_scenes(
 
   Args:
     subject: the model.
-    split: of scenes.
-    size: how many scenes.
+    source: `scenes`, a source section of the config.
     test: one of SCENES_TESTS.
     batch_size: cases at a time.
 
   Returns:
     The share of right choices; see `_judge`.
+
+  Raises:
+    UserError: if the source is not `scenes`, or no case can be used.
   """
-  source = subject.make_source({'name': 'scenes', 'split': split, 'size': size})
+  records = subject.make_source(source)
+  if not isinstance(records, scenes.Scenes):
+    raise UserError(f'aro_scenes: the source is {source["name"]}; it must be scenes')
   choices = 5 if test == 'order' else 2
-  cases = _ScenesCases(source, test)
+  cases = _ScenesCases(records, test)
   return _judge(subject, cases, choices, batch_size, fewest=1)
 
 
@@ -246,7 +248,9 @@ class _Batches:
       except BadRecord:
         continue
       tokens[i] = [self.transform.tokenizer.encode(text, length) for text in case.captions]
-      groups[i] = case.group
+      # What differs may have been cut off.
+      if not (tokens[i, 1:] == tokens[i, 0]).all(axis=1).any():
+        groups[i] = case.group
     return CaseBatch(images, tokens, groups)
 
 
