@@ -322,7 +322,10 @@ EVALUATORS = {
   },
   'captions': {
     'source': SOURCES,
-    'images': Key(int, 24, 'how many held-out images to caption', check=_POSITIVE),
+    'images': Key(
+      int, 24, 'how many held-out images to caption; None: all', check=_POSITIVE, optional=True
+    ),
+    'batch_size': Key(int, 32, 'images at a time', check=_POSITIVE),
   },
   'zero_shot': {
     'source': SOURCES,
