@@ -11,6 +11,7 @@ import numpy as np
 from dpcap import data
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
+from dpcap.evals.caption_scores import bleu4, cider_d
 from dpcap.evals.linear_probe import wilson_interval
 from dpcap.evals.subject import Result, Subject
 from dpcap.models import PADDING
@@ -30,7 +31,7 @@ def evaluate(subject: Subject, *, source, images: int | None, batch_size: int) -
   Returns:
     The share of captions that equal the source's own word by word (`exact_match`). The details
     have the `perplexity` of the source's own, that is exp of the mean loss of all their tokens
-    ([SEP] counted in), `left_out`, and list both captions for every image.
+    ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10) by `caption_scores`, `left_out`, and list both captions for every image.
 
   Raises:
     UserError: if no image of the source can be used.
@@ -66,6 +67,8 @@ def evaluate(subject: Subject, *, source, images: int | None, batch_size: int) -
   if not captions:
     raise UserError('captions: the source has no usable image')
   value = float(np.mean([entry['written'] == entry['given'] for entry in captions]))
+  written = [entry['written'] for entry in captions]
+  given = [[entry['given']] for entry in captions]
   return Result(
     metric='exact_match',
     value=value,
@@ -73,6 +76,8 @@ def evaluate(subject: Subject, *, source, images: int | None, batch_size: int) -
     details={
       'interval95': wilson_interval(value, len(captions)),
       'perplexity': math.exp(min(loss / count, _LARGEST_EXPONENT)),
+      'bleu4': bleu4(written, given),
+      'cider_d': cider_d(written, given),
       'left_out': left_out,
       'captions': captions,
     },
