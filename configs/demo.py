@@ -36,4 +36,13 @@ def get_config(label='count'):
   test = config_lib.source_config('scenes', split='test', size=5_000, label=label)
   config.evals.update(config_lib.probes_beside_baselines(train, test))
   config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
+
+  some = config_lib.source_config('scenes', split='test', size=1_000, label='color')
+  config.evals.zero_shot = config_lib.evaluator_config(
+    'zero_shot', source=some, templates=('a large {}',)
+  )
+  for about in ('attributes', 'relations', 'order'):
+    config.evals[f'aro_{about}'] = config_lib.evaluator_config(
+      'aro_scenes', source=some, test=about
+    )
   return config

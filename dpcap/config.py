@@ -314,6 +314,11 @@ def _defaults(keys: dict[str, Key]) -> ml_collections.ConfigDict:
   return config
 
 
+_TEMPLATES = (
+  lambda x: bool(x) and all(isinstance(t, str) and t.count('{}') == 1 for t in x),
+  'one or more texts that hold {} once',
+)
+
 EVALUATORS = {
   'linear_probe': {
     'train': SOURCES,
@@ -323,7 +328,44 @@ EVALUATORS = {
   },
   'captions': {
     'source': SOURCES,
-    'images': Key(int, 24, 'how many held-out images to caption', check=_POSITIVE),
+    'images': Key(
+      int, 24, 'how many held-out images to caption; None: all', check=_POSITIVE, optional=True
+    ),
+    'batch_size': Key(int, 32, 'images at a time', check=_POSITIVE),
+  },
+  'zero_shot': {
+    'source': SOURCES,
+    'method': Key(
+      str,
+      'likelihood',
+      'likelihood: lowest mean token loss; greedy: descent in the tree of the labels',
+      evals.ZERO_SHOT_METHODS,
+    ),
+    'templates': Key(
+      tuple,
+      ('this is a photo of a {}',),
+      'texts with {} for the label; losses are averaged over them; greedy takes one',
+      check=_TEMPLATES,
+    ),
+    'labels_file': Key(
+      str,
+      None,
+      "a class a line, synonyms parted by commas; None: the source's class names",
+      optional=True,
+    ),
+    'batch_size': Key(int, 32, 'images at a time', check=_POSITIVE),
+  },
+  'aro_scenes': {
+    'source': {'scenes': SOURCES['scenes']},
+    'test': Key(str, 'attributes', 'how false captions are made', evals.ARO_SCENES_TESTS),
+    'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
+  },
+  'aro_visual_genome': {
+    'annotations': Key(
+      str, '', 'visual_genome_relation.json or visual_genome_attribution.json', check=_GIVEN
+    ),
+    'images': Key(str, '', 'folder of the images', check=_GIVEN),
+    'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
   },
 }
 

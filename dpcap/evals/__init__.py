@@ -3,11 +3,19 @@
 An evaluator takes a Subject and its own options and returns a Result; EVALUATORS lists them.
 """
 
-from dpcap.evals import captions, linear_probe
+from dpcap.evals import aro, captions, linear_probe, zero_shot
+from dpcap.evals.aro import SCENES_TESTS as ARO_SCENES_TESTS
 from dpcap.evals.features import FEATURES
 from dpcap.evals.subject import Result, Subject
+from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
 
 # name in the config -> function(subject, **options) -> Result
-EVALUATORS = {'linear_probe': linear_probe.evaluate, 'captions': captions.evaluate}
+EVALUATORS = {
+  'linear_probe': linear_probe.evaluate,
+  'captions': captions.evaluate,
+  'zero_shot': zero_shot.evaluate,
+  'aro_scenes': aro.evaluate_scenes,
+  'aro_visual_genome': aro.evaluate_visual_genome,
+}
 
-__all__ = ['EVALUATORS', 'FEATURES', 'Result', 'Subject']
+__all__ = ['ARO_SCENES_TESTS', 'EVALUATORS', 'FEATURES', 'Result', 'Subject', 'ZERO_SHOT_METHODS']

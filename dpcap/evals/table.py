@@ -9,15 +9,17 @@ from dpcap.evals.subject import Result
 def show(results: dict[str, Result]) -> None:
   """Prints one table of all results."""
   table = Table('evaluation', 'metric')
-  for column in ('value', '95% interval', 'n'):
+  for column in ('value', '95% interval', 'chance', 'n'):
     table.add_column(column, justify='right')
   for name, result in results.items():
     interval = result.details.get('interval95')
+    chance = result.details.get('chance')
     table.add_row(
       name,
       result.metric,
       f'{result.value:.1%}',
       f'{100 * interval[0]:.1f} – {100 * interval[1]:.1f}' if interval else '',
+      f'{chance:.1%}' if chance else '',
       f'{result.n:,}',
     )
   Console().print(table)

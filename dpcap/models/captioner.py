@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpcap.models.decoder import CaptionDecoder
+from dpcap.models.decoder import Cache, CaptionDecoder
 from dpcap.models.positions import image_positions
 from dpcap.models.vit import Dense, ViT, frozen, patch_grid
 
@@ -84,6 +84,20 @@ class Captioner(nn.Module):
     """Logits (..., T, vocab_size) of the token after each of `tokens_T` (..., T)."""
     return self.decoder(memory_SxD, tokens_T)
 
+  def start(
+    self, memory_SxD: jax.Array, tokens_T: jax.Array, length: int
+  ) -> tuple[jax.Array, Cache]:
+    """As `decode`, and the cache from which texts of up to `length` tokens go on."""
+    return self.decoder(memory_SxD, tokens_T, self.decoder.empty_cache(tokens_T.shape[:-1], length))
+
+  def extend(self, cache: Cache, tokens_T: jax.Array) -> tuple[jax.Array, Cache]:
+    """Logits (..., T, vocab_size) after each token that follows what `cache` has seen.
+
+    Leading axes of the cache may be 1: then texts share what stands before. More tokens than
+    the cache has room for give wrong logits without an error.
+    """
+    return self.decoder(None, tokens_T, cache)
+
   def loss(self, image_HxWx3: jax.Array, tokens_L: jax.Array) -> jax.Array:
     """Mean cross-entropy (...) over the caption's non-padding targets.
 
@@ -91,8 +105,12 @@ class Captioner(nn.Module):
     caption without a target has loss 0 and zero gradient: DP-SGD counts such an example as
     drawn, so it must contribute nothing rather than NaN.
     """
+    return self.text_loss(self.memory(image_HxWx3), tokens_L)
+
+  def text_loss(self, memory_SxD: jax.Array, tokens_L: jax.Array) -> jax.Array:
+    """The `loss` of captions of an image whose memory is known; its leading axes may be 1."""
     inputs_T, targets_T = tokens_L[..., :-1], tokens_L[..., 1:]
-    logits_TxV = _at_least_float32(self.decode(self.memory(image_HxWx3), inputs_T))
+    logits_TxV = _at_least_float32(self.decode(memory_SxD, inputs_T))
     target_logits_T = jnp.take_along_axis(logits_TxV, targets_T[..., None], axis=-1)[..., 0]
     losses_T = jax.nn.logsumexp(logits_TxV, axis=-1) - target_logits_T
     counted_T = targets_T != PADDING

@@ -1,0 +1,301 @@
+"""Compositional understanding as in ARO (Yuksekgonul et al. 2023): which caption is right?
+
+Each case is an image, its caption and one or more false ones of the same words. The captioner
+is right where the true caption has the lowest mean token loss.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpcap import data
+from dpcap.data import scenes
+from dpcap.data.image import decode
+from dpcap.data.source import BadRecord
+from dpcap.errors import UserError
+from dpcap.evals.linear_probe import wilson_interval
+from dpcap.evals.subject import Result, Subject
+
+SCENES_TESTS = ('attributes', 'relations', 'order')
+_MAX_WORDS = 30
+_FEWEST_ATTRIBUTE_CASES = 25
+_SEED = 0  # of what is drawn in a case; with the case's number, so the test is always the same
+
+
+class Case(NamedTuple):
+  """A question to the captioner.
+
+  Attributes:
+    image: as `data.Transform.view` takes it.
+    captions: the true one first.
+    group: what accuracies are also averaged by, such as the relation.
+  """
+
+  image: bytes | np.ndarray
+  captions: tuple[str, ...]
+  group: str
+
+
+class CaseBatch(NamedTuple):
+  """Images uint8 (B, H, W, 3), tokens int32 (B, K, L), groups; '' where a case is left out."""
+
+  images: np.ndarray
+  tokens: np.ndarray
+  groups: list[str]
+
+
+def evaluate_scenes(subject: Subject, *, source, test: str, batch_size: int) -> Result:
+  """ARO's tests made from the grammar of `scenes`, whose parts of speech are known.
+
+  attributes: the colours of two things swapped; relations: the two things about a relation
+  swapped; order: ARO's four shuffles (see `shuffles`), nouns being shapes and adjectives sizes
+  and colours. Scenes that cannot be asked about (one thing, the same words) are left out.
+
+  Args:
+    subject: the model.
+    source: `scenes`, a source section of the config.
+    test: one of SCENES_TESTS.
+    batch_size: cases at a time.
+
+  Returns:
+    The share of right choices; see `_judge`.
+
+  Raises:
+    UserError: if the source is not `scenes`, or no case can be used.
+  """
+  records = subject.make_source(source)
+  if not isinstance(records, scenes.Scenes):
+    raise UserError(f'aro_scenes: the source is {source["name"]}; it must be scenes')
+  choices = 5 if test == 'order' else 2
+  cases = _ScenesCases(records, test)
+  return _judge(subject, cases, choices, batch_size, fewest=1)
+
+
+def evaluate_visual_genome(
+  subject: Subject, *, annotations: str, images: str, batch_size: int
+) -> Result:
+  """ARO's Visual Genome tests: relations or attributes swapped, images cropped to their box.
+
+  Args:
+    subject: the model.
+    annotations: visual_genome_relation.json or visual_genome_attribution.json, as ARO has them.
+    images: the folder that `image_path` is in.
+    batch_size: cases at a time.
+
+  Returns:
+    The share of right choices; see `_judge`. The mean over groups counts relations, or pairs of
+    attributes with 25 cases or more.
+
+  Raises:
+    UserError: if the annotations cannot be used, or no image can.
+  """
+  entries = read_annotations(annotations)
+  fewest = 1 if 'relation_name' in entries[0] else _FEWEST_ATTRIBUTE_CASES
+  return _judge(subject, _VisualGenomeCases(entries, images), 2, batch_size, fewest)
+
+
+def read_annotations(path: str) -> list[dict]:
+  """The entries of one of ARO's Visual Genome files.
+
+  Raises:
+    UserError: naming the file and what it lacks.
+  """
+  try:
+    entries = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except (OSError, ValueError) as e:
+    raise UserError(f'annotations {path}: cannot be read ({e})') from e
+  if not isinstance(entries, list) or not entries:
+    raise UserError(f'annotations {path}: expected a list of cases that is not empty')
+  needed = ['image_path', 'bbox_x', 'bbox_y', 'bbox_w', 'bbox_h', 'true_caption', 'false_caption']
+  for number, entry in enumerate(entries):
+    missing = [key for key in needed if not isinstance(entry, dict) or key not in entry]
+    if not missing and not {'relation_name', 'attributes'} & entry.keys():
+      missing = ['relation_name or attributes']
+    if missing:
+      raise UserError(f'annotations {path}: case {number} lacks {", ".join(missing)}')
+  return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class _VisualGenomeCases:
+  entries: list[dict]
+  folder: str
+
+  def __len__(self):
+    return len(self.entries)
+
+  def __getitem__(self, index: int) -> Case:
+    entry = self.entries[index]
+    try:
+      image = decode((pathlib.Path(self.folder) / entry['image_path']).read_bytes())
+    except OSError as e:
+      raise BadRecord(f'{entry["image_path"]}: {e.strerror}') from e
+    x, y, w, h = (int(entry[f'bbox_{key}']) for key in 'xywh')
+    box = np.asarray(image)[max(y, 0) : y + h, max(x, 0) : x + w]
+    if not box.size:
+      raise BadRecord(f'box {x, y, w, h} is outside of the image')
+    group = entry.get('relation_name') or '_'.join(entry['attributes'])
+    return Case(box, (entry['true_caption'], entry['false_caption']), group)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScenesCases:
+  source: scenes.Scenes
+  test: str
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> Case:
+    scene = self.source.scene(index)
+    make = {'attributes': _swap_colors, 'relations': _swap_things, 'order': _shuffle_scene}
+    false, group = make[self.test](scene, np.random.default_rng((_SEED, index)))
+    record = self.source[index]
+    if not false or record['caption'] in false:
+      raise BadRecord('the scene has no false caption of this kind')
+    return Case(record['image'], (record['caption'], *false), group)
+
+
+def _swap_colors(scene, rng):
+  pairs = [
+    (i, j)
+    for i in range(len(scene.things))
+    for j in range(i)
+    if scene.things[i].color != scene.things[j].color
+  ]
+  if not pairs:
+    return (), ''
+  i, j = pairs[rng.integers(len(pairs))]
+  things = list(scene.things)
+  a, b = things[i].color, things[j].color
+  things[i], things[j] = things[i]._replace(color=b), things[j]._replace(color=a)
+  return (scenes.caption(scene._replace(things=tuple(things))),), '_'.join(sorted((a, b)))
+
+
+def _swap_things(scene, rng):
+  if not scene.relations:
+    return (), ''
+  i = int(rng.integers(len(scene.relations)))
+  things = list(scene.things)
+  things[i : i + 2] = reversed(things[i : i + 2])
+  return (scenes.caption(scene._replace(things=tuple(things))),), scene.relations[i]
+
+
+def _shuffle_scene(scene, rng):
+  content = {*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES}
+  if not scene.relations:
+    return (), ''
+  return shuffles(scenes.caption(scene), content.__contains__, rng), f'{len(scene.things)} things'
+
+
+def shuffles(
+  caption: str, is_noun_or_adjective: Callable[[str], bool], rng: np.random.Generator
+) -> tuple[str, str, str, str]:
+  """ARO's four shuffles of a caption, which is cut to 30 words first.
+
+  Nouns and adjectives among themselves; all other words among themselves; the words within each
+  group of three; the groups of three.
+  """
+  words = caption.split()[:_MAX_WORDS]
+  chosen = np.array([is_noun_or_adjective(word) for word in words], bool)
+
+  def among(places: np.ndarray) -> str:
+    shuffled = list(words)
+    for place, other in zip(places, rng.permutation(places)):
+      shuffled[place] = words[other]
+    return ' '.join(shuffled)
+
+  threes = [words[i : i + 3] for i in range(0, len(words), 3)]
+  within = [three[i] for three in threes for i in rng.permutation(len(three))]
+  moved = [word for i in rng.permutation(len(threes)) for word in threes[i]]
+  return (
+    among(np.flatnonzero(chosen)),
+    among(np.flatnonzero(~chosen)),
+    ' '.join(within),
+    ' '.join(moved),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+  """Random access to cases in batches (for `data.iterate`)."""
+
+  source: Sequence[Case]
+  transform: data.Transform
+  choices: int
+  batch_size: int
+
+  def __len__(self):
+    return math.ceil(len(self.source) / self.batch_size)
+
+  def __getitem__(self, element: int) -> CaseBatch:
+    size, length = self.transform.image_size, self.transform.text_length
+    # Always full, so that there is one shape: what is past the end is left out.
+    images = np.zeros((self.batch_size, size, size, 3), np.uint8)
+    tokens = np.zeros((self.batch_size, self.choices, length), np.int32)
+    groups = [''] * self.batch_size
+    first = int(element) * self.batch_size
+    for i in range(min(self.batch_size, len(self.source) - first)):
+      try:
+        case = self.source[first + i]
+        images[i] = self.transform.view(case.image)
+      except BadRecord:
+        continue
+      tokens[i] = [self.transform.tokenizer.encode(text, length) for text in case.captions]
+      # What differs may have been cut off.
+      if not (tokens[i, 1:] == tokens[i, 0]).all(axis=1).any():
+        groups[i] = case.group
+    return CaseBatch(images, tokens, groups)
+
+
+def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) -> Result:
+  """Accuracy over all cases that can be asked, with its interval, the chance level, and by group.
+
+  `mean_over_groups` is ARO's figure: the mean of the groups' accuracies, of those groups that
+  have the fewest cases that count. A tie with a false caption counts as wrong.
+
+  Raises:
+    UserError: if there is no case.
+  """
+
+  @jax.jit
+  def losses(variables, images, tokens):
+    memory = subject.model.apply(variables, data.normalize(images), method='memory')
+    return subject.model.apply(variables, memory[:, None], tokens, method='text_loss')
+
+  groups, right = [], []
+  batches = _Batches(cases, subject.transform, choices, batch_size)
+  for batch in data.iterate(batches, 0, subject.workers):
+    losses_BxK = np.asarray(losses(subject.variables, batch.images, batch.tokens))
+    right.append(losses_BxK[:, 0] < losses_BxK[:, 1:].min(axis=1))
+    groups += batch.groups
+  right, groups = np.concatenate(right), np.array(groups)
+  usable = groups != ''
+  n = int(usable.sum())
+  if not n:
+    raise UserError('aro: no case can be used; are the images where the config says?')
+  by_group = {
+    str(group): {'value': float(right[groups == group].mean()), 'n': int((groups == group).sum())}
+    for group in np.unique(groups[usable])
+  }
+  counted = [entry['value'] for entry in by_group.values() if entry['n'] >= fewest]
+  value = float(right[usable].mean())
+  return Result(
+    'accuracy',
+    value,
+    n,
+    {
+      'interval95': wilson_interval(value, n),
+      'chance': 1 / choices,
+      'left_out': len(cases) - n,
+      'mean_over_groups': float(np.mean(counted)) if counted else None,
+      'groups_counted': len(counted),
+      'by_group': by_group,
+    },
+  )

@@ -1,0 +1,291 @@
+"""Zero-shot classification through the captioner: which label would it write?
+
+Two methods (Sander et al. 2024 and its code). `likelihood`: the label whose whole text,
+prompt + label + [SEP], has the lowest mean token loss. `greedy`: the most probable next token,
+again and again, among those that some label's text goes on with.
+"""
+
+import collections
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpcap import data
+from dpcap.data.text import Tokenizer
+from dpcap.errors import UserError
+from dpcap.evals.linear_probe import wilson_interval
+from dpcap.evals.subject import Result, Subject
+
+METHODS = ('likelihood', 'greedy')
+_MOST_CONFUSED = 100  # classes up to which the confusion matrix is written down
+_LOGITS_AT_ONCE = 2**25  # float32: 128 MB
+_MAX_TOKENS = 256  # of a prompt with its label
+
+
+def evaluate(
+  subject: Subject, *, source, method: str, templates, labels_file: str | None, batch_size: int
+) -> Result:
+  """Top-1 accuracy, with its 95% interval.
+
+  Args:
+    subject: the model.
+    source: labelled images, a source section of the config.
+    method: one of METHODS.
+    templates: texts with {} where the label goes. With several, a name's loss is the mean.
+    labels_file: one class a line, in the order of the labels; None: the source's class names.
+      Commas part synonyms, each of which counts for its class.
+    batch_size: images at a time.
+
+  Raises:
+    UserError: if there are no names, a template does not fit, or no image can be used.
+  """
+  records = subject.make_source(source)
+  names = read_names(labels_file) if labels_file else tuple(records.class_names)
+  if not names:
+    raise UserError('zero_shot: the source has no class names; give labels_file')
+  if labels_file and records.class_names and len(names) != len(records.class_names):
+    raise UserError(
+      f'zero_shot: labels_file has {len(names)} lines; the source has'
+      f' {len(records.class_names)} classes'
+    )
+  predict = make_classifier(subject, names, method, templates)
+  labels, predicted = [], []
+  batches = data.EvaluationBatches(records, subject.transform, batch_size)
+  for batch in data.iterate(batches, 0, subject.workers):
+    # One shape for all batches: the last one is filled up, and cut again.
+    images = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
+    images[: len(batch.images)] = batch.images
+    labels.append(batch.labels)
+    predicted.append(predict(images)[: len(batch.labels)])
+  labels, predicted = np.concatenate(labels), np.concatenate(predicted)
+  usable = labels >= 0
+  labels, predicted = labels[usable], predicted[usable]
+  if not len(labels):
+    raise UserError('zero_shot: the source has no usable labelled image')
+  if labels.max() >= len(names):
+    raise UserError(f'zero_shot: an image has label {labels.max()}; there are {len(names)} names')
+  correct = predicted == labels
+  value = float(np.mean(correct))
+  details = {
+    'interval95': wilson_interval(value, len(labels)),
+    'chance': 1 / len(names),
+    'left_out': int(np.sum(~usable)),
+    'classes': list(names),
+    'per_class': {
+      name: float(np.mean(correct[labels == i]))
+      for i, name in enumerate(names)
+      if np.any(labels == i)
+    },
+  }
+  if len(names) <= _MOST_CONFUSED:
+    confusion = np.zeros((len(names), len(names)), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    details['confusion'] = confusion.tolist()  # [label][predicted]
+  return Result('top1', value, len(labels), details)
+
+
+def read_names(labels_file: str) -> tuple[str, ...]:
+  """The lines of a file of class names.
+
+  Raises:
+    UserError: if it cannot be read, or a line is empty.
+  """
+  try:
+    names = tuple(pathlib.Path(labels_file).read_text(encoding='utf-8').splitlines())
+  except (OSError, UnicodeError) as e:
+    raise UserError(f'labels_file {labels_file}: cannot be read ({e})') from e
+  for number, name in enumerate(names, 1):
+    if not name.strip():
+      raise UserError(f'labels_file {labels_file}: line {number} is empty; expected a class name')
+  return names
+
+
+def make_classifier(
+  subject: Subject, names: Sequence[str], method: str, templates: Sequence[str]
+) -> Callable[[np.ndarray], np.ndarray]:
+  """The function from uint8 images (B, H, W, 3) to predicted classes (B,).
+
+  Raises:
+    UserError: for a template that does not fit the method.
+  """
+  for template in templates:
+    if template.count('{}') != 1:
+      raise UserError(f'zero_shot: template {template!r} must hold {{}} once, for the label')
+  if method == 'greedy' and len(templates) != 1:
+    raise UserError(f'zero_shot: method greedy takes one template, got {len(templates)}')
+  synonyms = [
+    (label, synonym.strip())
+    for label, name in enumerate(names)
+    for synonym in name.split(',')
+    if synonym.strip()
+  ]
+  owners = np.array([label for label, _ in synonyms])
+  tokenizer = subject.transform.tokenizer
+  texts = [
+    [tokenize(tokenizer, template.replace('{}', synonym)) for _, synonym in synonyms]
+    for template in templates
+  ]
+  model, cls_id = subject.model, tokenizer.cls_id
+
+  # Variables are arguments: as constants they would be compiled into the program.
+  @jax.jit
+  def classify(variables, images):
+    memory = model.apply(variables, data.normalize(images), method='memory')
+    if method == 'greedy':
+      return walk(model, variables, memory, make_tree(texts[0], owners, tokenizer), cls_id)
+    losses = sum(text_losses(model, variables, memory, some) for some in texts)
+    return jnp.asarray(owners)[jnp.argmin(losses, axis=1)]
+
+  return lambda images: np.asarray(classify(subject.variables, images))
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+  """[CLS] text [SEP], without padding."""
+  tokens = tokenizer.encode(text, _MAX_TOKENS).tolist()
+  return tokens[: tokens.index(tokenizer.sep_id) + 1]
+
+
+def text_losses(
+  model: nn.Module, variables: Any, memory_BxSxD: jax.Array, texts: Sequence[list[int]]
+) -> jax.Array:
+  """Mean token loss (B, N) of each of N texts for each image.
+
+  The tokens that all texts begin with are decoded once an image; texts go on from there, those
+  of one length together, so that nothing is computed for padding.
+
+  Args:
+    model: the captioner.
+    variables: its variables.
+    memory_BxSxD: of the images.
+    texts: [CLS] text [SEP] each, two tokens or more.
+  """
+  lengths = np.array([len(text) for text in texts])
+  shared = 1
+  while shared < lengths.min() - 1 and len({text[shared] for text in texts}) == 1:
+    shared += 1
+  batch = len(memory_BxSxD)
+  prefix = jnp.broadcast_to(jnp.asarray(texts[0][:shared]), (batch, 1, shared))
+  logits, cache = model.apply(
+    variables, memory_BxSxD[:, None], prefix, int(lengths.max()), method='start'
+  )
+  logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  before = -jnp.take_along_axis(logs[..., :-1, :], prefix[..., 1:, None], -1).sum((-1, -2))
+  losses_BxN = jnp.zeros((batch, len(texts)))
+  for length in np.unique(lengths):
+    numbers = np.flatnonzero(lengths == length)
+    rest_NxR = np.array([texts[i][shared:] for i in numbers])
+    total = before - logs[:, 0, -1, rest_NxR[:, 0]]
+    if length > shared + 1:
+      total += _rest_losses(model, variables, cache, rest_NxR, batch)
+    losses_BxN = losses_BxN.at[:, numbers].set(total / (length - 1))
+  return losses_BxN
+
+
+def _rest_losses(model, variables, cache, rest_NxR, batch):
+  """Summed losses (B, N) of the tokens after the first of each rest, some texts at a time."""
+  n, r = rest_NxR.shape
+  at_once = min(n, max(1, _LOGITS_AT_ONCE // (batch * (r - 1) * model.vocab_size)))
+  chunks = -(-n // at_once)
+  padded = np.resize(rest_NxR, (chunks * at_once, r)).reshape(chunks, at_once, r)
+
+  def losses(rest):
+    tokens = jnp.broadcast_to(rest[None, :, :-1], (batch, at_once, r - 1))
+    logits, _ = model.apply(variables, cache, tokens, method='extend')
+    logits = logits.astype(jnp.float32)
+    targets = jnp.broadcast_to(rest[None, :, 1:, None], (batch, at_once, r - 1, 1))
+    chosen = jnp.take_along_axis(logits, targets, -1)[..., 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - chosen).sum(-1)
+
+  summed = jax.lax.map(losses, jnp.asarray(padded))
+  return jnp.moveaxis(summed, 0, 1).reshape(batch, -1)[:, :n]
+
+
+class Tree(NamedTuple):
+  """The prefix tree of all texts: M nodes with up to K branches, node 0 after [CLS].
+
+  Attributes:
+    tokens_MxK: int32, the token of each branch; -1: no branch.
+    nodes_MxK: int32, where it leads.
+    classes_M: int32, the class of a leaf; -1 elsewhere.
+    depth: tokens from [CLS] to the deepest leaf.
+  """
+
+  tokens_MxK: np.ndarray
+  nodes_MxK: np.ndarray
+  classes_M: np.ndarray
+  depth: int
+
+
+def make_tree(texts: Sequence[list[int]], owners: Sequence[int], tokenizer: Tokenizer) -> Tree:
+  """The prefix tree of texts [CLS] ... [SEP]; where one ends, '.' and [PAD] end it too.
+
+  Of classes with the same text the first has it. '.' counts where the tokenizer knows it.
+  """
+  ends = [tokenizer.sep_id, tokenizer.pad_id]
+  stop = tokenize(tokenizer, '.')
+  if len(stop) == 3 and tokenizer.decode(stop) == '.':
+    ends.append(stop[1])
+  branches = [{}]
+  classes = collections.defaultdict(lambda: -1)
+
+  def go(node, token):
+    if token not in branches[node]:
+      branches[node][token] = len(branches)
+      branches.append({})
+    return branches[node][token]
+
+  last = []
+  for text, owner in zip(texts, owners):
+    node = 0
+    for token in text[1:-1]:
+      node = go(node, token)
+    last.append((node, owner))
+  for node, owner in last:
+    for token in ends:
+      # Where a longer text goes on with '.', that is what '.' means.
+      if token not in branches[node]:
+        classes[go(node, token)] = int(owner)
+  width = max(map(len, branches))
+  tokens = np.full((len(branches), width), -1, np.int32)
+  nodes = np.zeros((len(branches), width), np.int32)
+  for i, branch in enumerate(branches):
+    tokens[i, : len(branch)] = list(branch)
+    nodes[i, : len(branch)] = list(branch.values())
+  leaves = np.array([classes[i] for i in range(len(branches))], np.int32)
+  return Tree(tokens, nodes, leaves, max(map(len, texts)) - 1)
+
+
+def walk(
+  model: nn.Module, variables: Any, memory_BxSxD: jax.Array, tree: Tree, cls_id: int
+) -> jax.Array:
+  """The class (B,) of the leaf to which the most probable branch at each node leads."""
+  tokens_MxK, nodes_MxK, classes_M = map(jnp.asarray, tree[:3])
+
+  def branch(node_B, logits_BxV):
+    tokens_BxK = tokens_MxK[node_B]
+    scores_BxK = jnp.take_along_axis(logits_BxV, jnp.maximum(tokens_BxK, 0), axis=1)
+    scores_BxK = jnp.where(tokens_BxK >= 0, scores_BxK, -jnp.inf)
+    best_Bx1 = jnp.argmax(scores_BxK, axis=1, keepdims=True)
+    token_B, next_B = (
+      jnp.take_along_axis(x_BxK, best_Bx1, axis=1)[:, 0]
+      for x_BxK in (tokens_BxK, nodes_MxK[node_B])
+    )
+    # A leaf has no branch: who is there stays, whatever else is decoded.
+    return jnp.maximum(token_B, 0), jnp.where(classes_M[node_B] < 0, next_B, node_B)
+
+  opening = jnp.full((len(memory_BxSxD), 1), cls_id, jnp.int32)
+  logits, cache = model.apply(variables, memory_BxSxD, opening, tree.depth, method='start')
+  start = branch(jnp.zeros(len(memory_BxSxD), jnp.int32), logits[:, -1])
+
+  def step(_, carry):
+    cache, (token_B, node_B) = carry
+    logits, cache = model.apply(variables, cache, token_B[:, None], method='extend')
+    return cache, branch(node_B, logits[:, -1])
+
+  _, (_, node_B) = jax.lax.fori_loop(1, tree.depth, step, (cache, start))
+  return classes_M[node_B]

@@ -1,0 +1,141 @@
+"""Both methods against direct ones: a whole forward for every image and label, one at a time."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpcap import data
+from dpcap.errors import UserError
+from dpcap.evals import zero_shot
+
+NAMES = ('red circle', 'blue', 'red, green ring', 'large white cross', 'small', 'blue ring above')
+TEMPLATES = ('a {}', 'a {} left of a ring')
+
+
+@pytest.fixture(name='images', scope='module')
+def _images():
+  return np.random.default_rng().integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+
+
+def tokens_of(subject, text, length):
+  return subject.transform.tokenizer.encode(text, length)
+
+
+def test_likelihood_is_the_lowest_mean_loss_of_whole_forwards(subject, images, monkeypatch):
+  monkeypatch.setattr(zero_shot, '_LOGITS_AT_ONCE', 400)  # more chunks than one
+  loss = jax.jit(subject.model.apply)
+  expected = []
+  for image in images:
+    scores = []
+    for name in NAMES:
+      scores.append(
+        min(
+          np.mean(
+            [
+              loss(
+                subject.variables,
+                data.normalize(image),
+                tokens_of(subject, template.replace('{}', synonym.strip()), 12),
+              )
+              for template in TEMPLATES
+            ]
+          )
+          for synonym in name.split(',')
+        )
+      )
+    expected.append(int(np.argmin(scores)))
+  predict = zero_shot.make_classifier(subject, NAMES, 'likelihood', TEMPLATES)
+  assert predict(images).tolist() == expected
+
+
+def test_text_losses_are_the_models_own(subject, images):
+  texts = ['a red ring', 'a small red ring above a cross', 'a blue', 'a', 'a red cross']
+  tokens = [zero_shot.tokenize(subject.transform.tokenizer, text) for text in texts]
+
+  @jax.jit
+  def run(images):
+    memory = subject.model.apply(subject.variables, images, method='memory')
+    padded = np.array([[tokens_of(subject, text, 10) for text in texts]] * len(images))
+    expected = subject.model.apply(subject.variables, memory[:, None], padded, method='text_loss')
+    return zero_shot.text_losses(subject.model, subject.variables, memory, tokens), expected
+
+  np.testing.assert_allclose(*run(data.normalize(images)), rtol=1e-5)
+
+
+def test_greedy_follows_the_most_probable_token_that_a_label_goes_on_with(subject, images):
+  tokenizer = subject.transform.tokenizer
+  texts = {
+    tuple(zero_shot.tokenize(tokenizer, f'a {synonym.strip()}')[1:-1]): label
+    for label, name in reversed(list(enumerate(NAMES)))
+    for synonym in name.split(',')
+  }
+  decode = jax.jit(
+    lambda image, tokens: subject.model.apply(
+      subject.variables,
+      subject.model.apply(subject.variables, image, method='memory'),
+      tokens,
+      method='decode',
+    )
+  )
+  ends = {tokenizer.sep_id, tokenizer.pad_id}
+  expected = []
+  for image in images:
+    text = ()
+    while True:
+      tokens = np.zeros(8, np.int32)
+      tokens[: len(text) + 1] = (tokenizer.cls_id, *text)
+      logits = decode(data.normalize(image), tokens)[len(text)]
+      allowed = {t[len(text)] for t in texts if t[: len(text)] == text and len(t) > len(text)}
+      allowed |= ends if text in texts else set()
+      token = max(allowed, key=lambda token: logits[token])
+      if token in ends:
+        expected.append(texts[text])
+        break
+      text += (token,)
+  predict = zero_shot.make_classifier(subject, NAMES, 'greedy', ('a {}',))
+  assert predict(images).tolist() == expected
+
+
+def test_a_full_stop_ends_a_label_where_the_tokenizer_has_one():
+  tokenizer = data.make_tokenizer('bytes')
+  texts = [zero_shot.tokenize(tokenizer, text) for text in ('ab', 'ab.c', 'ab')]
+  tree = zero_shot.make_tree(texts, [0, 1, 2], tokenizer)
+  assert tree.depth == 5 and sorted(set(tree.classes_M)) == [-1, 0, 1]
+  ends = {token for token in tree.tokens_MxK[2] if token >= 0}  # after 'ab'
+  assert ends == {0, 2, 3 + ord('.')}
+
+
+@pytest.mark.parametrize('method', zero_shot.METHODS)
+def test_evaluate_counts_every_usable_image_once(subject, method):
+  result = zero_shot.evaluate(
+    subject,
+    source=dict(split='test', size=10),
+    method=method,
+    templates=('a {}',),
+    labels_file=None,
+    batch_size=4,
+  )
+  confusion = np.array(result.details['confusion'])
+  assert result.n == 10 == confusion.sum() and confusion.trace() == round(result.value * 10)
+  assert result.details['left_out'] == 0 and result.details['chance'] == 1 / 8
+  low, high = result.details['interval95']
+  assert low <= result.value <= high
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (dict(templates=('a photo',)), 'must hold {} once'),
+    (dict(templates=('a {}', '{}'), method='greedy'), 'takes one template, got 2'),
+    (dict(labels_file='/nowhere/names'), 'cannot be read'),
+    (dict(labels_file='one\ntwo'), 'has 2 lines; the source has 8 classes'),
+    (dict(labels_file='one\n\ntwo'), 'line 2 is empty'),
+  ],
+)
+def test_refuses(subject, tmp_path, change, message):
+  if '\n' in change.get('labels_file', ''):
+    (tmp_path / 'names').write_text(change['labels_file'])
+    change = change | {'labels_file': str(tmp_path / 'names')}
+  options = dict(method='likelihood', templates=('{}',), labels_file=None, batch_size=4)
+  with pytest.raises(UserError, match=message):
+    zero_shot.evaluate(subject, source=dict(split='test', size=4), **options | change)
