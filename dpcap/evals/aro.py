@@ -19,7 +19,7 @@ from dpcap.data import scenes
 from dpcap.data.image import decode
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
-from dpcap.evals.linear_probe import wilson_interval
+from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
 
 SCENES_TESTS = ('attributes', 'relations', 'order')

@@ -12,7 +12,7 @@ from dpcap import data
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
 from dpcap.evals.caption_scores import bleu4, cider_d
-from dpcap.evals.linear_probe import wilson_interval
+from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
 from dpcap.models import PADDING
 

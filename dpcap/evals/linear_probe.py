@@ -5,8 +5,6 @@ the training set that is held out, then the probe is fitted to all of it; the te
 looked at once.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ import optax
 
 from dpcap.errors import UserError
 from dpcap.evals import features as features_lib
+from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
 
 L2_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -103,14 +102,6 @@ def fit(x_train: np.ndarray, y_train: np.ndarray, num_classes: int, seed: int = 
       best, best_accuracy = l2, accuracy
   weights = _minimise(_zeros(x.shape[1], num_classes), x, y, best)
   return lambda new: np.asarray(_predict(weights, standardise(new))), best
-
-
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-  """95% interval of a share of n independent trials (Wilson 1927)."""
-  z = 1.959964
-  centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-  half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-  return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _zeros(dimension, num_classes):

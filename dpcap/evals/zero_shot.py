@@ -18,7 +18,7 @@ import numpy as np
 from dpcap import data
 from dpcap.data.text import Tokenizer
 from dpcap.errors import UserError
-from dpcap.evals.linear_probe import wilson_interval
+from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
 
 METHODS = ('likelihood', 'greedy')

@@ -62,24 +62,6 @@ def test_constant_features_do_no_harm():
   assert np.mean(probe(x) == y) > 0.98
 
 
-@pytest.mark.parametrize(
-  'share,n,low,high',
-  [
-    (0.5, 100, 0.4038, 0.5962),
-    (0.0, 10, 0.0, 0.2775),
-    (1.0, 10, 0.7225, 1.0),
-    (0.954, 5000, 0.9478, 0.9595),
-  ],
-)
-def test_wilson_interval(share, n, low, high):
-  """Against published values and the quadratic that defines the interval."""
-  found = linear_probe.wilson_interval(share, n)
-  np.testing.assert_allclose(found, (low, high), atol=2e-4)
-  for p in found:
-    if 1e-9 < p < 1 - 1e-9:
-      assert abs(abs(share - p) - 1.959964 * np.sqrt(p * (1 - p) / n)) < 1e-9
-
-
 class _Colours:
   """Images whose mean brightness is their label; every seventh record is bad."""
 
