@@ -41,6 +41,24 @@ def test_refuses_a_strategy_with_another_answer(inputs, monkeypatch, wrong):
     privacy.check_clipping(loss_fn, *inputs, strategy='wrong')
 
 
+def _nan_in_sum(*args):
+  result = clipping.CLIPPING_STRATEGIES['vmap'](*args)
+  bias = result.sum['layer']['bias'] * jnp.nan
+  return result._replace(sum={'layer': result.sum['layer'] | {'bias': bias}})
+
+
+def _nan_in_norms(*args):
+  result = clipping.CLIPPING_STRATEGIES['vmap'](*args)
+  return result._replace(norms=result.norms * jnp.nan)
+
+
+@pytest.mark.parametrize('wrong', [_nan_in_sum, _nan_in_norms])
+def test_no_number_is_not_close(inputs, monkeypatch, wrong):
+  monkeypatch.setitem(clipping.CLIPPING_STRATEGIES, 'wrong', wrong)
+  with pytest.raises(privacy.ClippingMismatch, match="'wrong' differs from vmap by nan"):
+    privacy.check_clipping(loss_fn, *inputs, strategy='wrong')
+
+
 def test_names_the_parameter_that_differs_most(inputs, monkeypatch):
   monkeypatch.setitem(clipping.CLIPPING_STRATEGIES, 'wrong', _halved_kernel)
   with pytest.raises(privacy.ClippingMismatch, match='layer/kernel'):

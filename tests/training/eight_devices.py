@@ -101,7 +101,8 @@ def run(devices: int, model_parallel: int, clipping: str, folder: pathlib.Path) 
   if (devices, model_parallel) == READER:
     first = checkpoints.latest_step()
     state = checkpoints.restore(first, state)
-  out, accumulate, update = {'losses': [], 'drawn': []}, None, None
+  out = {'clipping': clipping, 'losses': [], 'drawn': []}
+  accumulate = update = None
   for i in range(first, STEPS):
     accumulator, drawn = step.zero(state.params), 0
     for slot in range(batches.slots):

@@ -5,9 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from dpcap.errors import UserError
-from dpcap.training.mesh import make_mesh
+from dpcap.training.mesh import DATA, MODEL, Layout, make_mesh
+from tests import tiny
+from tools.plan_parts import memory
 
 MESHES = ('2/1', '4/1', '8/1', '8/2')
 
@@ -62,3 +65,25 @@ def test_devices_that_cannot_be_cut_into_rows_are_refused():
   count = 2 * jax.device_count()
   with pytest.raises(UserError, match=f'mesh.model_parallel is {count}; it must divide'):
     make_mesh(count)
+
+
+@pytest.fixture(scope='module', name='parts')
+def _parts():
+  """What `tools.plan` compiles for the step of `eight_devices.py`, on one device."""
+  config = tiny.get_config()
+  config.privacy.clipping = 'vmap'
+  config.mesh.physical_batch, config.mesh.batches_per_chunk = 4, 3
+  return memory.measure(config, vocab_size=36)
+
+
+@pytest.mark.parametrize('devices', [1, 2, 4, 8])
+def test_memory_as_planned_is_what_xla_takes(runs, parts, devices):
+  run = runs[f'{devices}/1']
+  mesh = AbstractMesh((devices, 1), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+  planned = memory.per_device(parts, Layout(mesh))
+  assert sum(planned['update'].values()) == pytest.approx(run['update_bytes'], rel=0.1)
+  if run['clipping'] == 'vmap':
+    # The compiled half has neither the optimizer's state nor the chunk that is on its way.
+    sums = planned['accumulate']
+    here = sum(sums.values()) - sums['optimizer state'] - sums['inputs'] // 2
+    assert here == pytest.approx(run['accumulate_bytes'], rel=0.1)

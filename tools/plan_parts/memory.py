@@ -144,14 +144,14 @@ def per_device(parts: Parts, layout: Layout) -> dict[str, dict[str, int]]:
 def _released(parts: Parts, layout: Layout) -> int:
   """Temporaries of the update on a mesh, from those on one device.
 
-  Of a parameter that is cut along rows, only the new value is whole, once it is gathered; the
-  rest (noise, mean, updates) is in shards.
+  Noise, mean and updates of parameters that are cut along rows are in shards. Then the new
+  values are gathered, all of them whole before the old ones are given up.
   """
   params = jax.tree.leaves(parts.state.params)
   everything = sum(bytes_of(x) for x in params)
   cut = sum(bytes_of(x) for x in params if layout.scattered_axis(x.shape) is not None)
-  saved = max(parts.update / everything - 1, 0) * (1 - 1 / layout.rows) * cut
-  return int(parts.update - saved)
+  in_shards = parts.update * (1 - cut / everything * (1 - 1 / layout.rows))
+  return int(max(in_shards, cut))
 
 
 def collectives(parts: Parts, layout: Layout) -> dict[str, int]:
