@@ -186,6 +186,13 @@ SECTIONS = {
     'model_seed': Key(int, 0, 'of the initial parameters; public', check=_NOT_NEGATIVE),
     'log_every': Key(int, 10, 'steps', check=_POSITIVE, fixed=False),
     'checkpoint_every': Key(int, 100, 'steps', check=_POSITIVE, fixed=False),
+    'evaluate_at': Key(
+      tuple,
+      (),
+      'steps after which `evals` are run; results go to evals/step_N',
+      check=(lambda x: all(type(n) is int and n > 0 for n in x), 'positive whole numbers'),
+      fixed=False,
+    ),
     'keep_checkpoints': Key(int, 3, 'the latest ones', check=_POSITIVE, fixed=False),
     'diagnostics': Key(
       bool,
@@ -402,6 +409,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'optimizer.warmup_steps is {o["warmup_steps"]}; it must be below decay_steps'
       f' ({o["decay_steps"]}), which is train.steps ({tree["train"]["steps"]}) where None'
     )
+  t = tree['train']
+  for step in t['evaluate_at']:
+    if step > t['steps']:
+      raise UserError(
+        f'train.evaluate_at holds {step}; steps must not exceed train.steps, {t["steps"]}'
+      )
+  if t['evaluate_at'] and not tree['evals']:
+    raise UserError('train.evaluate_at is set, but the config has no evals')
   size, patch = tree['data']['image_size'], tree['model']['patch_size']
   patch = patch or models.SIZES[tree['model']['size']].patch_size
   if size % patch:

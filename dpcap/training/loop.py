@@ -23,6 +23,7 @@ from dpcap.privacy.sampling import augmentation_generator
 from dpcap.training import build, metrics, processes
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.environment import describe_environment
+from dpcap.training.evaluation import Evaluations
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer, make_schedule
@@ -66,11 +67,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
       _Run(config, workdir, source, plan) as run,
     ):
       while run.done < config.train.steps:
+        run.evaluate_if_due()
         if not run.one_step(stop):
           run.save(wait=True)
           run.say(f'stopped after {run.done} steps, saved; the same command goes on')
           return None
       run.save(wait=True)
+      run.evaluate_if_due()
       run.say_end()
       return run.state
   except OSError as e:
@@ -299,6 +302,24 @@ class _Run:
       text = json.dumps(self._unpublished, indent=2) + '\n'
       write_whole(self._workdir / 'privacy.json', text)
     self._unpublished = None
+
+  def evaluate_if_due(self) -> None:
+    """Evaluates the checkpoint of this step, if the config says so and it was not done before."""
+    folder = self._workdir / 'evals' / f'step_{self.done}'
+    names = self._config.evals.keys()
+    if self.done not in self._config.train.evaluate_at or processes.from_main(
+      lambda: all((folder / f'{name}.json').exists() for name in names)
+    ):
+      return
+    self.save(wait=True)
+    self.say(f'step {self.done}: evaluating')
+    with self._progress.paused():
+      variables = {'params': self.state.params, 'frozen': self.state.frozen}
+      results = Evaluations(self._config).run(
+        self._layout.everywhere(variables), self._checkpoints.path(self.done), folder
+      )
+    for name, result in results.items():
+      self.say(f'step {self.done}: {name} {result.metric} {result.value:.1%} (n = {result.n:,})')
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state."""

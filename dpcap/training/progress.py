@@ -1,5 +1,6 @@
 """The progress bar; on a screen that is none, a line now and then."""
 
+import contextlib
 import sys
 import time
 
@@ -75,6 +76,17 @@ class Progress:
         f'step {done}/{self._steps}  loss {self._fields["loss"]}  epsilon'
         f' {self._fields["epsilon"]}  {self._fields["rate"]} images/s  {left:.0f} s left'
       )
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Takes the bar away while something else goes on, whose time does not count."""
+    began = time.monotonic()
+    self._bar.stop()
+    try:
+      yield
+    finally:
+      self._began += time.monotonic() - began
+      self._bar.start()
 
   def say(self, line: str) -> None:
     """Prints a line above the bar."""

@@ -218,6 +218,15 @@ def test_a_small_gradient_is_left_exactly_as_it_is(rng, strategy):
     assert result.sum == x
 
 
+def test_a_loss_that_is_a_parameter_has_its_gradient(strategy):
+  loss_fn = lambda params, x: params['w'][1]
+  params = {'w': jnp.ones(3), 'unused': jnp.ones(2)}
+  result = privacy.clipped_sum(loss_fn, params, jnp.zeros((4, 5)), clip_norm=0.5, strategy=strategy)
+  np.testing.assert_array_equal(result.norms, np.ones(4))
+  np.testing.assert_array_equal(result.sum['w'], [0, 2, 0])
+  assert not result.sum['unused'].any()
+
+
 def test_a_zero_gradient_contributes_zero(rng, strategy):
   batch = make_batch(rng, weights=np.zeros(BATCH))
   result = jitted(strategy, 1.0)(make_params(rng), batch, np.ones(BATCH, bool))

@@ -457,6 +457,7 @@ def lookups():
       p['columns'][:, near].T,
       p['pairs'][pair].reshape(6, 4),
       jnp.broadcast_to(jnp.take(p['one'], word, axis=0), (6, 4)),
+      jax.vmap(lambda table, i: table[i])(p['stack'], near[None])[0],  # as a vmapped layer does
     ]
     return jnp.tanh(sum((i + 1) * r for i, r in enumerate(rows)) * x)
 
@@ -468,10 +469,17 @@ def lookups():
     'columns': (4, VOCAB),
     'pairs': (VOCAB, 4),
     'one': (VOCAB, 4),
+    'stack': (1, VOCAB, 4),
   }
-  far = ids(2 * VOCAB, 6, low=-2 * VOCAB)
   return plain(
-    forward, shapes, near=ids(VOCAB, 6), far=far, pair=ids(VOCAB, 2, 3), word=ids(VOCAB), x=(6, 4)
+    forward,
+    shapes,
+    fallback=('stack',),
+    near=ids(VOCAB, 6),
+    far=ids(2 * VOCAB, 6, low=-2 * VOCAB),
+    pair=ids(VOCAB, 2, 3),
+    word=ids(VOCAB),
+    x=(6, 4),
   )
 
 

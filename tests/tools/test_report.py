@@ -265,9 +265,41 @@ def test_each_question_has_its_verdict(tmp_path):
   assert 'raw pixels count cannot' in counted
 
 
-def test_other_metrics_are_told_in_a_line(tmp_path):
-  text = public(tmp_path, evals={'aro': {'metric': 'accuracy', 'value': 0.625, 'n': 8}})
-  assert 'aro: accuracy 62.5% of 8' in text
+def test_other_metrics_have_a_table(tmp_path):
+  aro = {'metric': 'accuracy', 'value': 0.625, 'n': 8, 'interval95': [0.3, 0.9], 'chance': 0.5}
+  text = plain(public(tmp_path, evals={'aro': aro}))
+  assert 'aro accuracy 62.5% 30.0 – 90.0 50.0% 8' in text
+
+
+@pytest.mark.parametrize('count', [3, 13])
+def test_confusion_has_a_picture(tmp_path, count):
+  """Row i: three quarters of its images are right, the others are taken for the first class."""
+  counts = 3 * np.eye(count, dtype=int)
+  counts[:, 0] += 1
+  classes = [f'<class {i}>' for i in range(count)]
+  record = {'metric': 'top1', 'value': 0.8, 'n': 9, 'classes': classes}
+  text = public(tmp_path, evals={'zero': record | {'confusion': counts.tolist()}})
+  if count == 3:
+    assert '&lt;class 1&gt; 25 75 0' in ' '.join(re.sub('<[^>]*>', ' ', text).split())
+  else:
+    assert f'alt="{count} classes"' in text
+  assert 'class="confusion"' in text and '<class 1>' not in text
+
+
+def test_evaluations_in_training_are_curves(tmp_path):
+  write_run(tmp_path, metrics=METRICS)
+  for step, value, private in ((20, 0.75, True), (3, 0.5, True), (20, 0.625, False)):
+    name = 'secret' if private else 'open'
+    folder = tmp_path / f'evals/step_{step}'
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {'name': name, 'metric': 'top1', 'value': value, 'interval95': [value, value]}
+    (folder / f'{name}.json').write_text(json.dumps(record | {'uses_training_data': private}))
+  run = read_run(tmp_path)
+  assert [record['step'] for record in run.evals_in_training['secret']] == [3, 20]
+  texts = {name: plain(text) for name, text in page.make_pages(run).items()}
+  assert 'open 62.5% at step 20' in texts['report.html']
+  assert 'secret' not in texts['report.html']
+  assert 'secret 75.0% at step 20' in texts['report.private.html']
 
 
 def test_captions_mark_what_is_wrong():

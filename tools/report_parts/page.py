@@ -39,13 +39,17 @@ _DIAGNOSTICS = (
 def make_pages(run: Run) -> dict[str, str]:
   """File name -> HTML: the public page and, if there are diagnostics, the private one."""
   public = {name: e for name, e in run.evals.items() if not e.get('uses_training_data')}
+  run_public = run._replace(
+    evals=public,
+    evals_in_training={
+      name: records
+      for name, records in run.evals_in_training.items()
+      if not any(record.get('uses_training_data') for record in records)
+    },
+  )
   template = string.Template(_TEMPLATE.read_text(encoding='utf-8'))
-  pages = {
-    'report.html': template.substitute(
-      _slots(run._replace(evals=public)), badge='', diagnostics=_LEFT_OUT
-    )
-  }
-  if run.diagnostics or len(public) < len(run.evals):
+  pages = {'report.html': template.substitute(_slots(run_public), badge='', diagnostics=_LEFT_OUT)}
+  if run.diagnostics or run_public != run:
     pages['report.private.html'] = template.substitute(
       _slots(run),
       badge=_PRIVATE_BADGE,
@@ -146,6 +150,7 @@ def _training(run: Run) -> str:
   panels = [panel(run.metrics, curve) for curve in _METRICS]
   if run.statement['private']:
     panels.insert(0, panel(run.metrics, _EPSILON, run.config.privacy.epsilon))
+  panels.append(results.in_training(run))
   return ''.join(panels) or '<p class="absent">metrics.jsonl has no finite value.</p>'
 
 

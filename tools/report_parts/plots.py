@@ -49,6 +49,7 @@ class Curve(NamedTuple):
     unit: label of the axis.
     spec: format of a value.
     color: name in the style sheet.
+    interval: key of (low, high), drawn as a band; None: none.
   """
 
   key: str
@@ -56,6 +57,7 @@ class Curve(NamedTuple):
   unit: str
   spec: str
   color: str
+  interval: str | None = None
 
 
 def panel(lines: Sequence[dict[str, Any]], curve: Curve, target: float | None = None) -> str:
@@ -78,6 +80,9 @@ def panel(lines: Sequence[dict[str, Any]], curve: Curve, target: float | None = 
     axes = drawing.subplots()
     marker = '.' if finite.sum() <= _FEW else None
     axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, clip_on=False)
+    if curve.interval:
+      low, high = np.array([line.get(curve.interval) or (np.nan, np.nan) for line in lines]).T
+      axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
     if target is not None:
       axes.axhline(target, color=_COLORS['ink'], linewidth=0.9, linestyle='--')
       axes.annotate(

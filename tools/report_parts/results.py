@@ -1,10 +1,11 @@
 """Probes and other evaluations as tables and bars."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from tools.report_parts import probes
+from tools.report_parts import confusion, probes
+from tools.report_parts.plots import Curve, panel
 from tools.report_parts.run import Run
 
 _LISTED_CLASSES = 12  # in a sentence
@@ -12,53 +13,91 @@ _DRAWN_CLASSES = 40  # a bar each
 
 
 def section(run: Run) -> str:
-  """HTML of all evaluations but the captions."""
+  """HTML of all evaluations but the captions themselves."""
   if not run.evals:
     return '<p class="absent">The run has not been evaluated yet: no evals/*.json.</p>'
-  others = [
-    f'{escape(probes.title(record))}: {escape(record["metric"])} {record["value"]:.1%}'
-    f' of {record["n"]:,}'
-    for record in run.evals.values()
-    if 'features' not in record and 'captions' not in record
-  ]
-  also = f'<p class="about">Also measured: {"; ".join(others)}.</p>' if others else ''
-  return ''.join(_probe_group(group) for group in probes.comparable(run)) + also
+  others = [record for record in run.evals.values() if 'features' not in record]
+  return ''.join(_probe_group(group) for group in probes.comparable(run)) + _others(others)
+
+
+def in_training(run: Run) -> str:
+  """HTML of the evaluations that were run in the middle of training: a curve each."""
+  return ''.join(
+    panel(
+      records,
+      Curve(
+        'value',
+        escape(probes.title(records[0])),
+        records[0]['metric'],
+        '.1%',
+        'accent',
+        'interval95',
+      ),
+    )
+    for records in run.evals_in_training.values()
+  )
 
 
 def _probe_group(group: Sequence[dict[str, Any]]) -> str:
   first = group[0]
   classes = first['classes']
   names = f' ({escape(", ".join(classes))})' if len(classes) <= _LISTED_CLASSES else ''
-  rows = ''.join(_row(record) for record in group)
+  chance = 1 / len(classes)
+  rows = ''.join(_row(record, record['features'], chance, _own(record)) for record in group)
   drawn = group if len(classes) <= _DRAWN_CLASSES else ()
   return (
     f'<div class="group"><p class="verdict">{escape(probes.verdict(group))}</p><p class="about">'
     f'Linear probes: {len(classes)} classes{names}, {first["n_train"]:,} training and'
     f' {first["n"]:,} test images. Bars: top-1 accuracy; whiskers: 95% interval; dotted line:'
-    f' chance.</p>'
-    '<table class="probes"><thead><tr><th>probe</th><th>features</th>'
-    '<th class="scale"><span>0</span><span>50</span><span>100%</span></th>'
-    '<th class="n">top-1</th><th class="n">95% interval</th><th class="n">chance</th>'
-    f'<th class="n">n</th></tr></thead><tbody>{rows}</tbody></table>'
-    f'<div class="panels">{"".join(map(_by_class, drawn))}</div></div>'
+    f' chance.</p>{_table("probe", "features", rows)}'
+    f'{_panels([*map(_by_class, drawn), *map(confusion.matrix, group)])}</div>'
   )
 
 
-def _row(record: dict[str, Any]) -> str:
-  classes, interval = len(record['classes']), record['interval95']
+def _others(records: Sequence[dict[str, Any]]) -> str:
+  """All that are not probes in one table, and what they took for what."""
+  if not records:
+    return ''
+  rows = ''.join(
+    _row(record, escape(record['metric']), record.get('chance'), ' class="own"')
+    for record in records
+  )
   return (
-    f'<tr{_own(record)}><th>{escape(probes.title(record))}</th>'
-    f'<td class="features">{record["features"]}</td>'
-    f'<td class="bar">{_bar(record["value"], classes, interval)}</td>'
-    f'<td class="n value">{record["value"]:.1%}</td>'
-    f'<td class="n interval">{100 * interval[0]:.1f} – {100 * interval[1]:.1f}</td>'
-    f'<td class="n chance">{1 / classes:.1%}</td><td class="n count">{record["n"]:,}</td></tr>'
+    f'<div class="group"><p class="about">What the captioner can do as it is, with no other'
+    f' training. Whiskers: 95% interval; dotted line: chance.</p>{_table("evaluation", "metric", rows)}'
+    f'{_panels(map(confusion.matrix, records))}</div>'
+  )
+
+
+def _panels(figures: Iterable[str]) -> str:
+  return f'<div class="panels">{"".join(figures)}</div>'
+
+
+def _table(first: str, second: str, rows: str) -> str:
+  return (
+    f'<table class="probes"><thead><tr><th>{first}</th><th>{second}</th>'
+    '<th class="scale"><span>0</span><span>50</span><span>100%</span></th>'
+    '<th class="n">value</th><th class="n">95% interval</th><th class="n">chance</th>'
+    f'<th class="n">n</th></tr></thead><tbody>{rows}</tbody></table>'
+  )
+
+
+def _row(record: dict[str, Any], second: str, chance: float | None, attributes: str = '') -> str:
+  interval = record.get('interval95')
+  between = f'{100 * interval[0]:.1f} – {100 * interval[1]:.1f}' if interval else ''
+  return (
+    f'<tr{attributes}><th>{escape(probes.title(record))}</th>'
+    f'<td class="features">{second}</td>'
+    f'<td class="bar">{_bar(record["value"], chance, interval)}</td>'
+    f'<td class="n value">{record["value"]:.1%}</td><td class="n interval">{between}</td>'
+    f'<td class="n chance">{"" if chance is None else f"{chance:.1%}"}</td>'
+    f'<td class="n count">{record["n"]:,}</td></tr>'
   )
 
 
 def _by_class(record: dict[str, Any]) -> str:
   rows = ''.join(
-    f'<tr><th>{escape(name)}</th><td class="bar">{_bar(share, len(record["classes"]))}</td>'
+    f'<tr><th>{escape(name)}</th><td class="bar">{_bar(share, 1 / len(record["classes"]))}</td>'
     f'<td class="n">{share:.1%}</td></tr>'
     for name, share in record['per_class'].items()
   )
@@ -72,20 +111,20 @@ def _own(record: dict[str, Any]) -> str:
   return ' class="own"' if probes.is_own(record) else ''
 
 
-def _bar(value: float, classes: int, interval: Sequence[float] = ()) -> str:
+def _bar(value: float, chance: float | None, interval: Sequence[float] | None = None) -> str:
   """A bar from 0 to 1 with chance and whiskers, as an svg element."""
   x = lambda share: f'{share:.2%}'
-  whiskers = ''
+  lines = ''
+  if chance is not None:
+    lines += f'<line class="dots" x1="{x(chance)}" x2="{x(chance)}" y1="0" y2="18"/>'
   if interval:
     low, high = map(x, interval)
-    whiskers = (
+    lines += (
       f'<line x1="{low}" x2="{high}" y1="9" y2="9"/>'
       f'<line x1="{low}" x2="{low}" y1="5.5" y2="12.5"/>'
       f'<line x1="{high}" x2="{high}" y1="5.5" y2="12.5"/>'
     )
   return (
     '<svg height="18"><rect class="track" width="100%" height="12" y="3" rx="2"/>'
-    f'<rect class="fill" width="{x(value)}" height="12" y="3" rx="2"/>'
-    f'<line class="dots" x1="{x(1 / classes)}" x2="{x(1 / classes)}" y1="0" y2="18"/>'
-    f'{whiskers}</svg>'
+    f'<rect class="fill" width="{x(value)}" height="12" y="3" rx="2"/>{lines}</svg>'
   )

@@ -20,6 +20,7 @@ class Run(NamedTuple):
     metrics: lines of metrics.jsonl.
     diagnostics: lines of diagnostics.private.jsonl, empty if they were switched off.
     evals: name -> evals/NAME.json, empty before the first evaluation.
+    evals_in_training: name -> records of evals/step_N/NAME.json with their 'step', in order.
   """
 
   config: ml_collections.ConfigDict
@@ -27,6 +28,7 @@ class Run(NamedTuple):
   metrics: list[dict[str, Any]]
   diagnostics: list[dict[str, Any]]
   evals: dict[str, dict[str, Any]]
+  evals_in_training: dict[str, list[dict[str, Any]]]
 
   def epsilon_text(self) -> str:
     """The guarantee in a few words."""
@@ -56,7 +58,18 @@ def read_run(workdir: pathlib.Path) -> Run:
     metrics=_read_lines(workdir / metrics.METRICS),
     diagnostics=_read_lines(workdir / metrics.DIAGNOSTICS),
     evals={path.stem: _read_json(path) for path in sorted(workdir.glob('evals/*.json'))},
+    evals_in_training=_read_evals_in_training(workdir),
   )
+
+
+def _read_evals_in_training(workdir: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+  found = {}
+  for path in workdir.glob('evals/step_*/*.json'):
+    step = path.parent.name.removeprefix('step_')
+    if step.isdecimal():
+      found.setdefault(path.stem, []).append(_read_json(path) | {'step': int(step)})
+  by_step = lambda records: sorted(records, key=lambda record: record['step'])
+  return {name: by_step(found[name]) for name in sorted(found)}
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
