@@ -33,8 +33,8 @@ class RunningSum(NamedTuple):
     return RunningSum(total, excess)
 
   def value(self) -> PyTree:
-    """The sum, rounded once."""
-    return jax.tree.map(jnp.subtract, self.total, self.excess)
+    """The sum. What it has too much is less than its last digit."""
+    return self.total
 
 
 def running_sum(like: PyTree) -> RunningSum:

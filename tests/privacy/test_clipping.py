@@ -382,3 +382,24 @@ def test_plain_sum_is_untouched_by_what_a_masked_example_holds(rng):
 def test_the_example_in_the_package_docstring_runs():
   failures, tests = doctest.testmod(privacy)
   assert tests and not failures
+
+
+def _equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, 'eqns')):
+      inner = getattr(inner, 'jaxpr', inner)  # what is closed over comes with it
+      if hasattr(inner, 'eqns'):
+        yield from _equations(inner)
+
+
+@pytest.mark.parametrize('prevent_cse', [True, False])
+def test_remat_stays_as_its_author_set_it(strategy, prevent_cse):
+  policy = jax.checkpoint_policies.dots_saveable
+  layer = jax.checkpoint(lambda w, x: jnp.tanh(x @ w), policy=policy, prevent_cse=prevent_cse)
+  loss_fn = lambda w, x: jnp.sum(layer(w, jnp.sin(x)))
+  clip = functools.partial(privacy.clipped_sum, loss_fn, clip_norm=1.0, strategy=strategy)
+  jaxpr = jax.make_jaxpr(clip)(jnp.ones((3, 2)), jnp.ones((4, 5, 3)))
+  found = [eqn.params for eqn in _equations(jaxpr.jaxpr) if 'prevent_cse' in eqn.params]
+  assert found
+  assert {(p['policy'], p['prevent_cse']) for p in found} == {(policy, prevent_cse)}
