@@ -339,6 +339,31 @@ EVALUATORS = {
       int, 24, 'how many held-out images to caption; None: all', check=_POSITIVE, optional=True
     ),
     'batch_size': Key(int, 32, 'images at a time', check=_POSITIVE),
+    'max_tokens': Key(
+      int,
+      None,
+      'of a caption, [CLS] and [SEP] included; None: data.text_length',
+      check=(lambda x: x > 1, 'above 1'),
+      optional=True,
+    ),
+    'method': Key(str, 'greedy', 'how captions are written', tuple(evals.CAPTION_METHODS)),
+    'beams': Key(int, None, 'of method beam; None: 4', check=_POSITIVE, optional=True),
+    'length_penalty': Key(
+      float,
+      None,
+      'of method beam: log probability / tokens^length_penalty is compared; None: 1',
+      check=_NOT_NEGATIVE,
+      optional=True,
+    ),
+    'top_p': Key(
+      float,
+      None,
+      'of method nucleus: how much of the probability is drawn from; None: 0.9',
+      check=(lambda x: 0 < x <= 1, 'above 0, at most 1'),
+      optional=True,
+    ),
+    'temperature': Key(float, None, 'of method nucleus; None: 1', check=_POSITIVE, optional=True),
+    'seed': Key(int, None, 'of method nucleus; None: 0', check=_NOT_NEGATIVE, optional=True),
   },
   'zero_shot': {
     'source': SOURCES,
@@ -391,6 +416,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _check_named(tree['data']['source'], SOURCES, 'data.source', 'name')
   for name, entry in tree['evals'].items():
     _check_named(entry, EVALUATORS, f'evals.{name}', 'name')
+    if entry['name'] == 'captions':
+      _check_caption_method(name, entry)
   p = tree['privacy']
   if (p['epsilon'] is None) == (p['noise_multiplier'] is None):
     raise UserError(
@@ -421,6 +448,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
   patch = patch or models.SIZES[tree['model']['size']].patch_size
   if size % patch:
     raise UserError(f'data.image_size is {size}; it must be a multiple of the patch size, {patch}')
+
+
+def _check_caption_method(name, entry):
+  """Every option belongs to the method."""
+  for method, options in evals.CAPTION_METHODS.items():
+    for key in options:
+      if entry[key] is not None and method != entry['method']:
+        raise UserError(
+          f'evals.{name}.{key} is {entry[key]!r}; it goes with method {method!r} only, this one is'
+          f' {entry["method"]!r}'
+        )
 
 
 def _check_named(tree, table, path, key):

@@ -5,6 +5,7 @@ An evaluator takes a Subject and its own options and returns a Result; EVALUATOR
 
 from dpcap.evals import aro, captions, linear_probe, zero_shot
 from dpcap.evals.aro import SCENES_TESTS as ARO_SCENES_TESTS
+from dpcap.evals.decoding import METHODS as CAPTION_METHODS
 from dpcap.evals.features import FEATURES
 from dpcap.evals.subject import Result, Subject
 from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
@@ -18,4 +19,12 @@ EVALUATORS = {
   'aro_visual_genome': aro.evaluate_visual_genome,
 }
 
-__all__ = ['ARO_SCENES_TESTS', 'EVALUATORS', 'FEATURES', 'Result', 'Subject', 'ZERO_SHOT_METHODS']
+__all__ = [
+  'ARO_SCENES_TESTS',
+  'CAPTION_METHODS',
+  'EVALUATORS',
+  'FEATURES',
+  'Result',
+  'Subject',
+  'ZERO_SHOT_METHODS',
+]

@@ -5,6 +5,7 @@ is right where the true caption has the lowest mean token loss.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -19,6 +20,7 @@ from dpcap.data import scenes
 from dpcap.data.image import decode
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
+from dpcap.evals import batches as batches_lib
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
 
@@ -269,13 +271,14 @@ def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) 
     memory = subject.model.apply(variables, data.normalize(images), method='memory')
     return subject.model.apply(variables, memory[:, None], tokens, method='text_loss')
 
-  groups, right = [], []
+  def compute(batch):
+    spread = functools.partial(batches_lib.spread, size=batch_size)
+    losses_BxK = losses(subject.variables, spread(batch.images), spread(batch.tokens))
+    losses_BxK = np.asarray(losses_BxK)[: len(batch.groups)]
+    return losses_BxK[:, 0] < losses_BxK[:, 1:].min(axis=1), batch.groups
+
   batches = _Batches(cases, subject.transform, choices, batch_size)
-  for batch in data.iterate(batches, 0, subject.workers):
-    losses_BxK = np.asarray(losses(subject.variables, batch.images, batch.tokens))
-    right.append(losses_BxK[:, 0] < losses_BxK[:, 1:].min(axis=1))
-    groups += batch.groups
-  right, groups = np.concatenate(right), np.array(groups)
+  right, groups = map(np.concatenate, zip(*batches_lib.each(subject, 'aro', batches, compute)))
   usable = groups != ''
   n = int(usable.sum())
   if not n:

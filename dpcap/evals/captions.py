@@ -1,8 +1,10 @@
-"""Captions that the model writes for held-out images, greedily."""
+"""Captions that the model writes for held-out images, against the ones they come with."""
 
+import contextlib
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import numpy as np
 from dpcap import data
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
+from dpcap.evals import batches as batches_lib
+from dpcap.evals import decoding
 from dpcap.evals.caption_scores import bleu4, cider_d
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
@@ -19,7 +23,24 @@ from dpcap.models import PADDING
 _LARGEST_EXPONENT = 700.0  # beyond, exp overflows; so lost a model is no better described
 
 
-def evaluate(subject: Subject, *, source, images: int | None, batch_size: int) -> Result:
+class CaptionedImages(NamedTuple):
+  """The usable ones of a batch: images uint8 (B, H, W, 3), tokens (B, L), numbers (B,)."""
+
+  images: np.ndarray
+  tokens: np.ndarray
+  numbers: np.ndarray
+
+
+def evaluate(
+  subject: Subject,
+  *,
+  source,
+  images: int | None,
+  batch_size: int,
+  method: str,
+  max_tokens: int | None,
+  **options,
+) -> Result:
   """Captions the first usable images of a source.
 
   Args:
@@ -27,11 +48,15 @@ def evaluate(subject: Subject, *, source, images: int | None, batch_size: int) -
     source: source section of the config.
     images: how many; None: all.
     batch_size: images at a time.
+    method: one of `decoding.METHODS`.
+    max_tokens: of a caption, [CLS] and [SEP] included; None: as many as in training.
+    options: of the method, see `decoding.make_writer`.
 
   Returns:
     The share of captions that equal the source's own word by word (`exact_match`). The details
     have the `perplexity` of the source's own, that is exp of the mean loss of all their tokens
-    ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10) by `caption_scores`, `left_out`, and list both captions for every image.
+    ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10) by `caption_scores`, `left_out`,
+    and list both captions for every image.
 
   Raises:
     UserError: if no image of the source can be used.
@@ -39,31 +64,32 @@ def evaluate(subject: Subject, *, source, images: int | None, batch_size: int) -
   records = subject.make_source(source)
   tokenizer = subject.transform.tokenizer
   losses_of = jax.jit(functools.partial(_summed_losses, subject.model))
-  write = make_greedy(subject, subject.transform.text_length)
-  captions, left_out, loss, count = [], 0, 0.0, 0
-  kept, examples = [], []
-  for index in range(len(records)):
-    try:
-      examples.append(subject.transform(records[index], None))
-      kept.append(index)
-    except BadRecord:
-      left_out += 1
-    enough = images is not None and len(captions) + len(kept) == images
-    if kept and (len(kept) == batch_size or enough or index == len(records) - 1):
-      # One shape for all batches: the last one is filled up, and cut again.
-      fill = examples + examples[:1] * (batch_size - len(examples))
-      pixels, tokens = (np.stack(some) for some in zip(*fill))
-      sums = np.asarray(losses_of(subject.variables, pixels, tokens))[: len(kept)]
-      loss += float(sums.sum())
-      count += int(np.sum(tokens[: len(kept), 1:] != tokenizer.pad_id))
+  length = max_tokens or subject.transform.text_length
+  write = decoding.make_writer(subject.model, tokenizer, method, length, **options)
+
+  def compute(batch):
+    pixels, tokens, numbers = (batches_lib.spread(x, batch_size) for x in batch)
+    written = np.asarray(write(subject.variables, pixels, numbers))
+    sums = np.asarray(losses_of(subject.variables, pixels, tokens))
+    return written[: len(batch.numbers)], sums[: len(batch.numbers)], batch._replace(images=None)
+
+  captions, loss, count, seen = [], 0.0, 0, 0
+  batches = _Batches(records, subject.transform, batch_size)
+  answers = batches_lib.each(subject, f'captions by {method}', batches, compute)
+  with contextlib.closing(answers):
+    for written, sums, (_, tokens, numbers) in answers:
+      wanted = len(numbers) if images is None else min(len(numbers), images - len(captions))
+      loss += float(sums[:wanted].sum())
+      count += int(np.sum(tokens[:wanted, 1:] != tokenizer.pad_id))
       # The caption as the model could have written it: through the tokenizer and back.
       captions += [
-        {'index': i, 'written': tokenizer.decode(a[1:]), 'given': tokenizer.decode(b[1:])}
-        for i, a, b in zip(kept, write(pixels), tokens)
+        {'index': int(i), 'written': tokenizer.decode(a[1:]), 'given': tokenizer.decode(b[1:])}
+        for i, a, b in zip(numbers[:wanted], written, tokens)
       ]
-      kept, examples = [], []
-    if enough:
-      break
+      seen = min(seen + batch_size, len(records))
+      if len(captions) == images:
+        seen = captions[-1]['index'] + 1
+        break
   if not captions:
     raise UserError('captions: the source has no usable image')
   value = float(np.mean([entry['written'] == entry['given'] for entry in captions]))
@@ -78,7 +104,8 @@ def evaluate(subject: Subject, *, source, images: int | None, batch_size: int) -
       'perplexity': math.exp(min(loss / count, _LARGEST_EXPONENT)),
       'bleu4': bleu4(written, given),
       'cider_d': cider_d(written, given),
-      'left_out': left_out,
+      'left_out': seen - len(captions),
+      'method': method,
       'captions': captions,
     },
   )
@@ -90,31 +117,31 @@ def _summed_losses(model, variables, images, tokens_BxL):
   return means * jnp.sum(tokens_BxL[:, 1:] != PADDING, axis=1)
 
 
-def make_greedy(subject: Subject, length: int) -> Callable[[np.ndarray], np.ndarray]:
-  """The function that writes captions, always taking the most probable next token.
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+  """Random access to captioned images in order (for `data.iterate`)."""
 
-  Args:
-    subject: the model.
-    length: tokens to write, [CLS] included.
+  source: data.Source
+  transform: data.Transform
+  batch_size: int
 
-  Returns:
-    uint8 images (B, H, W, 3) -> int32 (B, length); what follows the first [SEP] means nothing.
-  """
-  tokenizer, model = subject.transform.tokenizer, subject.model
+  def __len__(self):
+    return math.ceil(len(self.source) / self.batch_size)
 
-  @jax.jit
-  def write(variables, images):
-    memory = model.apply(variables, data.normalize(images), method='memory')
-    tokens_BxL = jnp.full((len(images), length), tokenizer.pad_id, jnp.int32)
-    tokens_BxL = tokens_BxL.at[:, 0].set(tokenizer.cls_id)
-    logits, cache = model.apply(variables, memory, tokens_BxL[:, :1], length, method='start')
-
-    def add(i, carry):
-      tokens_BxL, cache, logits_BxV = carry
-      token_B = jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-      logits, cache = model.apply(variables, cache, token_B[:, None], method='extend')
-      return tokens_BxL.at[:, i].set(token_B), cache, logits[:, -1]
-
-    return jax.lax.fori_loop(1, length, add, (tokens_BxL, cache, logits[:, -1]))[0]
-
-  return lambda images: np.asarray(write(subject.variables, images))
+  def __getitem__(self, element: int) -> CaptionedImages:
+    first = int(element) * self.batch_size
+    examples, numbers = [], []
+    for number in range(first, min(first + self.batch_size, len(self.source))):
+      try:
+        examples.append(self.transform(self.source[number], None))
+        numbers.append(number)
+      except BadRecord:
+        continue
+    size, length = self.transform.image_size, self.transform.text_length
+    images = [example.image for example in examples]
+    tokens = [example.tokens for example in examples]
+    return CaptionedImages(
+      np.array(images, np.uint8).reshape(-1, size, size, 3),
+      np.array(tokens, np.int32).reshape(-1, length),
+      np.array(numbers, np.int32),
+    )

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from dpcap import data
+from dpcap.evals import batches as batches_lib
 from dpcap.evals.subject import Subject
 
 FEATURES = ('model', 'untrained', 'pixels')
@@ -26,20 +27,19 @@ def extract(
   """
   variables = subject.untrained if kind == 'untrained' else subject.variables
 
+  # Variables are arguments: as constants they would be compiled into the program.
   @jax.jit
-  def embed(images):
+  def embed(variables, images):
     if kind == 'pixels':
       return data.normalize(images).reshape(len(images), -1)
     return subject.model.apply(variables, data.normalize(images), method='features')
 
-  features, labels = [], []
+  def compute(batch):
+    keep = np.flatnonzero(batch.labels >= 0)
+    features = embed(variables, batches_lib.spread(batch.images, batch_size))
+    return np.asarray(features, np.float32)[keep], batch.labels[keep]
+
   batches = data.EvaluationBatches(source, subject.transform, batch_size)
-  for batch in data.iterate(batches, 0, subject.workers):
-    n = len(batch.labels)
-    # One shape for all batches: the last one is filled up, and cut again.
-    images = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
-    images[:n] = batch.images
-    keep = batch.labels >= 0
-    features.append(np.asarray(embed(images)[:n], np.float32)[keep])
-    labels.append(batch.labels[keep])
+  answers = list(batches_lib.each(subject, f'features of {kind}', batches, compute))
+  features, labels = zip(*answers)
   return np.concatenate(features), np.concatenate(labels)

@@ -18,6 +18,7 @@ import numpy as np
 from dpcap import data
 from dpcap.data.text import Tokenizer
 from dpcap.errors import UserError
+from dpcap.evals import batches as batches_lib
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
 
@@ -54,15 +55,14 @@ def evaluate(
       f' {len(records.class_names)} classes'
     )
   predict = make_classifier(subject, names, method, templates)
-  labels, predicted = [], []
+
+  def compute(batch):
+    predicted = predict(batches_lib.spread(batch.images, batch_size))
+    return batch.labels, predicted[: len(batch.labels)]
+
   batches = data.EvaluationBatches(records, subject.transform, batch_size)
-  for batch in data.iterate(batches, 0, subject.workers):
-    # One shape for all batches: the last one is filled up, and cut again.
-    images = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
-    images[: len(batch.images)] = batch.images
-    labels.append(batch.labels)
-    predicted.append(predict(images)[: len(batch.labels)])
-  labels, predicted = np.concatenate(labels), np.concatenate(predicted)
+  answers = batches_lib.each(subject, f'zero-shot by {method}', batches, compute)
+  labels, predicted = map(np.concatenate, zip(*answers))
   usable = labels >= 0
   labels, predicted = labels[usable], predicted[usable]
   if not len(labels):
@@ -108,7 +108,7 @@ def read_names(labels_file: str) -> tuple[str, ...]:
 def make_classifier(
   subject: Subject, names: Sequence[str], method: str, templates: Sequence[str]
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """The function from uint8 images (B, H, W, 3) to predicted classes (B,).
+  """The function from uint8 images (B, H, W, 3) to predicted classes (B,), as numpy.
 
   Raises:
     UserError: for a template that does not fit the method.
