@@ -321,6 +321,10 @@ def _defaults(keys: dict[str, Key]) -> ml_collections.ConfigDict:
   return config
 
 
+_COUNTS = (
+  lambda x: bool(x) and all(type(n) is int and n > 0 for n in x),
+  'one or more whole numbers above 0',
+)
 _TEMPLATES = (
   lambda x: bool(x) and all(isinstance(t, str) and t.count('{}') == 1 for t in x),
   'one or more texts that hold {} once',
@@ -331,6 +335,27 @@ EVALUATORS = {
     'train': SOURCES,
     'test': SOURCES,
     'features': Key(str, 'model', 'what is probed', evals.FEATURES),
+    'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
+  },
+  'few_shot': {
+    'train': SOURCES,
+    'test': SOURCES,
+    'features': Key(str, 'model', 'what is probed', evals.FEATURES),
+    'shots': Key(tuple, (1, 2, 5, 10), 'images per class', check=_COUNTS),
+    'draws': Key(int, 5, 'how many times the images are drawn', check=_POSITIVE),
+    'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
+  },
+  'knn': {
+    'train': SOURCES,
+    'test': SOURCES,
+    'features': Key(str, 'model', 'what is compared', evals.FEATURES),
+    'k': Key(int, 20, 'how many neighbours vote', check=_POSITIVE),
+    'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
+  },
+  'retrieval': {
+    'source': SOURCES,
+    'features': Key(str, 'model', 'what is compared', evals.FEATURES),
+    'at': Key(tuple, (1, 5, 10), 'numbers of neighbours', check=_COUNTS),
     'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
   },
   'captions': {

@@ -31,7 +31,9 @@ def main() -> None:
   workdir = pathlib.Path(_WORKDIR.value)
   checkpoint = find_checkpoint(config.checkpoint, workdir)
   evaluations = Evaluations(config)
-  results = evaluations.run(evaluations.restore(checkpoint), str(checkpoint), workdir / 'evals')
+  folder = workdir / 'evals'
+  variables = evaluations.restore(checkpoint)
+  results = evaluations.run(variables, str(checkpoint), folder, cache=folder / 'cache')
   if processes.is_main():
     table.show(results)
 

@@ -306,10 +306,17 @@ def _start_worker(watch_file: str | None, worker: int, count: int) -> None:
 
 
 class LabelledImages(NamedTuple):
-  """A batch to evaluate on: uint8 images (B, H, W, 3), labels (B,), -1 where unusable."""
+  """A batch to evaluate on.
+
+  Attributes:
+    images: uint8 (B, H, W, 3).
+    labels: (B,), -1 where unusable.
+    numbers: (B,), their places in the source.
+  """
 
   images: np.ndarray
   labels: np.ndarray
+  numbers: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,4 +346,4 @@ class EvaluationBatches:
         images[i], labels[i] = self.transform.view(record['image']), record['label']
       except BadRecord:
         continue
-    return LabelledImages(images, labels)
+    return LabelledImages(images, labels, np.array(indices))

@@ -3,7 +3,7 @@
 An evaluator takes a Subject and its own options and returns a Result; EVALUATORS lists them.
 """
 
-from dpcap.evals import aro, captions, linear_probe, zero_shot
+from dpcap.evals import aro, captions, few_shot, knn, linear_probe, retrieval, zero_shot
 from dpcap.evals.aro import SCENES_TESTS as ARO_SCENES_TESTS
 from dpcap.evals.decoding import METHODS as CAPTION_METHODS
 from dpcap.evals.features import FEATURES
@@ -13,6 +13,9 @@ from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
 # name in the config -> function(subject, **options) -> Result
 EVALUATORS = {
   'linear_probe': linear_probe.evaluate,
+  'few_shot': few_shot.evaluate,
+  'knn': knn.evaluate,
+  'retrieval': retrieval.evaluate,
   'captions': captions.evaluate,
   'zero_shot': zero_shot.evaluate,
   'aro_scenes': aro.evaluate_scenes,

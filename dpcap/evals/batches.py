@@ -16,7 +16,11 @@ from dpcap.evals.subject import Subject
 
 
 def each(
-  subject: Subject, title: str, batches: Sequence[Any], compute: Callable[[Any], Any]
+  subject: Subject,
+  title: str,
+  batches: Sequence[Any],
+  compute: Callable[[Any], Any],
+  start: int = 0,
 ) -> Iterator[Any]:
   """Yields `compute(batch)` for all batches in order, the same on every process.
 
@@ -27,14 +31,15 @@ def each(
     title: of the progress bar.
     batches: random access to batches.
     compute: from a batch to what is wanted of it, a small thing of numpy arrays, lists, strings.
+    start: the first batch.
   """
   count, index = jax.process_count(), jax.process_index()
-  mine = data.iterate(_EveryNth(batches, count, index), 0, subject.workers)
+  mine = data.iterate(_EveryNth(batches, count, start + index), 0, subject.workers)
   with contextlib.closing(mine):
-    rounds = range(0, len(batches), count)
+    rounds = range(start, len(batches), count)
     for first in track(title, rounds, len(rounds)):
       answer = compute(next(mine)) if first + index < len(batches) else None
-      yield from _exchange(answer)[: len(batches) - first]
+      yield from exchange(answer)[: len(batches) - first]
 
 
 def spread(array: np.ndarray, size: int) -> jax.Array:
@@ -67,8 +72,8 @@ class _EveryNth:
     return self._batches[self._first + int(element) * self._n]
 
 
-def _exchange(answer: Any) -> list[Any]:
-  """The answers of all processes."""
+def exchange(answer: Any) -> list[Any]:
+  """The answers of all processes, on all of them."""
   if jax.process_count() == 1:
     return [answer]
   packed = np.frombuffer(pickle.dumps(answer), np.uint8)

@@ -5,14 +5,14 @@ the training set that is held out, then the probe is fitted to all of it; the te
 looked at once.
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from dpcap.errors import UserError
 from dpcap.evals import features as features_lib
-from dpcap.evals.intervals import wilson_interval
+from dpcap.evals import logistic
+from dpcap.evals.accuracy import top1
 from dpcap.evals.subject import Result, Subject
 
 L2_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -31,43 +31,18 @@ def evaluate(subject: Subject, *, train, test, features: str, batch_size: int) -
     batch_size: images at a time while features are extracted.
 
   Raises:
-    UserError: if a source has no labels, or the two have different classes.
+    UserError: if the sources do not belong together, see `features.make_pair`.
   """
-  sources = {'train': subject.make_source(train), 'test': subject.make_source(test)}
-  for name, source in sources.items():
-    if not source.class_names:
-      raise UserError(f'linear_probe: the {name} source has no labels; give it a label_key')
-  classes = sources['train'].class_names
-  if sources['test'].class_names != classes:
-    different = sorted(set(classes) ^ set(sources['test'].class_names))
-    raise UserError(
-      'linear_probe: the train and test sources have different classes:'
-      f' {", ".join(different[:5]) or "the same names in another order"}'
-    )
-  x_train, y_train = features_lib.extract(subject, sources['train'], features, batch_size)
-  x_test, y_test = features_lib.extract(subject, sources['test'], features, batch_size)
-  if not len(y_train) or not len(y_test):
-    raise UserError('linear_probe: the train or test source has no usable labelled image')
-  probe, l2 = fit(x_train, y_train, len(classes))
-  correct = probe(x_test) == y_test
-  value, n = float(np.mean(correct)), len(y_test)
-  return Result(
-    metric='top1',
-    value=value,
-    n=n,
-    details={
-      'interval95': wilson_interval(value, n),
-      'features': features,
-      'dimension': x_train.shape[1],
-      'n_train': len(y_train),
-      'l2': l2,
-      'classes': list(classes),
-      'per_class': {
-        name: float(np.mean(correct[y_test == i]))
-        for i, name in enumerate(classes)
-        if np.any(y_test == i)
-      },
-    },
+  pair = features_lib.extract_pair(subject, 'linear_probe', train, test, features, batch_size)
+  probe, l2 = fit(pair.train.features, pair.train.labels, len(pair.classes))
+  return top1(
+    probe(pair.test.features),
+    pair.test.labels,
+    pair.classes,
+    features=features,
+    dimension=pair.train.features.shape[1],
+    n_train=len(pair.train.labels),
+    l2=l2,
   )
 
 
@@ -92,47 +67,15 @@ def fit(x_train: np.ndarray, y_train: np.ndarray, num_classes: int, seed: int = 
   held_out, kept = order[:held], order[held:]
 
   # From much to little regularisation, each fit starting from the one before.
-  weights, best, best_accuracy = _zeros(x.shape[1], num_classes), L2_GRID[-1], -1.0
+  minimise = functools.partial(logistic.minimise, iterations=_ITERATIONS, tolerance=_TOLERANCE)
+  zeros = logistic.zeros(x.shape[1], num_classes, intercept=True)
+  weights, best, best_accuracy = zeros, L2_GRID[-1], -1.0
   for l2 in reversed(L2_GRID):
     if not len(kept):
       break
-    weights = _minimise(weights, x[kept], y[kept], l2)
-    accuracy = float(jnp.mean(_predict(weights, x[held_out]) == y[held_out]))
+    weights = minimise(weights, x[kept], y[kept], l2)
+    accuracy = float(jnp.mean(logistic.predict(weights, x[held_out]) == y[held_out]))
     if accuracy > best_accuracy:
       best, best_accuracy = l2, accuracy
-  weights = _minimise(_zeros(x.shape[1], num_classes), x, y, best)
-  return lambda new: np.asarray(_predict(weights, standardise(new))), best
-
-
-def _zeros(dimension, num_classes):
-  return {'w': jnp.zeros((dimension, num_classes)), 'b': jnp.zeros(num_classes)}
-
-
-def _predict(weights, x):
-  return jnp.argmax(x @ weights['w'] + weights['b'], axis=-1)
-
-
-@jax.jit
-def _minimise(weights, x, y, l2):
-  """Mean cross-entropy + l2 / 2 |w|^2 by L-BFGS, the bias left free."""
-
-  def objective(weights):
-    logits = x @ weights['w'] + weights['b']
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-    return loss + 0.5 * l2 * jnp.sum(jnp.square(weights['w']))
-
-  solver = optax.lbfgs(memory_size=10)
-  value_and_grad = optax.value_and_grad_from_state(objective)
-
-  def iterate(carry):
-    weights, state, i, _ = carry
-    value, grad = value_and_grad(weights, state=state)
-    updates, state = solver.update(grad, state, weights, value=value, grad=grad, value_fn=objective)
-    return optax.apply_updates(weights, updates), state, i + 1, optax.tree.norm(grad)
-
-  def unfinished(carry):
-    *_, i, gradient_norm = carry
-    return (i < _ITERATIONS) & (gradient_norm > _TOLERANCE)
-
-  start = (weights, solver.init(weights), 0, jnp.inf)
-  return jax.lax.while_loop(unfinished, iterate, start)[0]
+  weights = minimise(zeros, x, y, best)
+  return lambda new: np.asarray(logistic.predict(weights, standardise(new))), best

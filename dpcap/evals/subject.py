@@ -1,5 +1,6 @@
 """What every evaluator is given and what it returns."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ class Subject(NamedTuple):
     transform: makes evaluation views; holds the tokenizer.
     make_source: a source section of the config -> the source.
     workers: processes that load data.
+    cache: folder for features; None: they are not kept.
   """
 
   model: nn.Module
@@ -26,6 +28,7 @@ class Subject(NamedTuple):
   transform: data.Transform
   make_source: Callable[[Any], data.Source]
   workers: int
+  cache: pathlib.Path | None = None
 
 
 class Result(NamedTuple):

@@ -19,11 +19,10 @@ from dpcap import data
 from dpcap.data.text import Tokenizer
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
-from dpcap.evals.intervals import wilson_interval
+from dpcap.evals.accuracy import top1
 from dpcap.evals.subject import Result, Subject
 
 METHODS = ('likelihood', 'greedy')
-_MOST_CONFUSED = 100  # classes up to which the confusion matrix is written down
 _LOGITS_AT_ONCE = 2**25  # float32: 128 MB
 _MAX_TOKENS = 256  # of a prompt with its label
 
@@ -69,24 +68,7 @@ def evaluate(
     raise UserError('zero_shot: the source has no usable labelled image')
   if labels.max() >= len(names):
     raise UserError(f'zero_shot: an image has label {labels.max()}; there are {len(names)} names')
-  correct = predicted == labels
-  value = float(np.mean(correct))
-  details = {
-    'interval95': wilson_interval(value, len(labels)),
-    'chance': 1 / len(names),
-    'left_out': int(np.sum(~usable)),
-    'classes': list(names),
-    'per_class': {
-      name: float(np.mean(correct[labels == i]))
-      for i, name in enumerate(names)
-      if np.any(labels == i)
-    },
-  }
-  if len(names) <= _MOST_CONFUSED:
-    confusion = np.zeros((len(names), len(names)), int)
-    np.add.at(confusion, (labels, predicted), 1)
-    details['confusion'] = confusion.tolist()  # [label][predicted]
-  return Result('top1', value, len(labels), details)
+  return top1(predicted, labels, names, method=method, left_out=int(np.sum(~usable)))
 
 
 def read_names(labels_file: str) -> tuple[str, ...]:

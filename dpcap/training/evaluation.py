@@ -54,7 +54,7 @@ class Evaluations:
     return variables
 
   def run(
-    self, variables: PyTree, checkpoint: str, folder: pathlib.Path
+    self, variables: PyTree, checkpoint: str, folder: pathlib.Path, cache: pathlib.Path
   ) -> dict[str, evals.Result]:
     """Evaluates and writes folder/NAME.json each; returns the results.
 
@@ -66,6 +66,7 @@ class Evaluations:
       variables: {'params', 'frozen'}, whole on all devices.
       checkpoint: the directory that holds them.
       folder: created if need be.
+      cache: folder where features are kept, for other evaluations and later ones.
 
     Raises:
       UserError: if an evaluator refuses its data, or the folder cannot be written.
@@ -79,6 +80,7 @@ class Evaluations:
       transform=data.Transform(config.data.image_size, config.data.text_length, self._tokenizer),
       make_source=functools.partial(build.make_source, config),
       workers=config.data.workers,
+      cache=cache,
     )
     results = {}
     for name, entry in config.evals.items():

@@ -316,7 +316,10 @@ class _Run:
     with self._progress.paused():
       variables = {'params': self.state.params, 'frozen': self.state.frozen}
       results = Evaluations(self._config).run(
-        self._layout.everywhere(variables), self._checkpoints.path(self.done), folder
+        self._layout.everywhere(variables),
+        self._checkpoints.path(self.done),
+        folder,
+        cache=self._workdir / 'evals' / 'cache',
       )
     for name, result in results.items():
       self.say(f'step {self.done}: {name} {result.metric} {result.value:.1%} (n = {result.n:,})')

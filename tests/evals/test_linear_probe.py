@@ -9,7 +9,7 @@ from dpcap.data import pipeline
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
 from dpcap.errors import UserError
-from dpcap.evals import linear_probe
+from dpcap.evals import linear_probe, logistic
 from dpcap.evals.subject import Subject
 
 
@@ -45,7 +45,7 @@ def test_solution_is_the_minimum_of_the_convex_objective():
   rng = np.random.default_rng()
   x, y = _blobs(rng, 200, 2.0)
   l2 = 1e-2
-  weights = linear_probe._minimise(linear_probe._zeros(4, 3), x, y, l2)
+  weights = logistic.minimise(logistic.zeros(4, 3, intercept=True), x, y, l2, 100, 1e-4)
   w, b = np.float64(weights['w']), np.float64(weights['b'])
   logits = x @ w + b
   p = np.exp(logits - logits.max(1, keepdims=True))

@@ -202,7 +202,8 @@ def test_profile_on_screen_and_in_the_line(capsys):
   _, (line,), err = run(capsys, *QUICK, '--strategies=plain', '--profile')
   assert line['profile']['kinds_ms'].keys() >= {'dot', 'elementwise', 'reduce'}
   assert line['profile']['wall_ms'] > 0
-  assert 'backward encoder/block_*/' in err
+  # Which of the places are among the first ones is a matter of microseconds.
+  assert re.search(r'backward (encoder|decoder)/block_\*/', err)
 
 
 def test_profile_accounts_for_every_operation_once():

@@ -1,0 +1,126 @@
+"""Features on disk: used again, gone on with, never taken for those of something else."""
+
+import stat
+
+import numpy as np
+import pytest
+
+from dpcap import data
+from dpcap.errors import UserError
+from dpcap.evals import batches, features
+
+SECTION = dict(split='test', size=23)
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch):
+  monkeypatch.setattr(features, '_BATCHES_PER_FILE', 2)
+
+
+@pytest.fixture(name='computed')
+def _computed(monkeypatch):
+  """How many batches were computed by the extractions of a test."""
+  seen = []
+  each = batches.each
+
+  def counting(subject, title, all_batches, compute, start=0):
+    for answer in each(subject, title, all_batches, compute, start):
+      seen.append(answer)
+      yield answer
+
+  monkeypatch.setattr(batches, 'each', counting)
+  return seen
+
+
+def extract(subject, folder, kind='pixels', batch_size=4, **section):
+  source = subject.make_source(SECTION | section)
+  return features.extract(subject._replace(cache=folder), source, kind, batch_size)
+
+
+def assert_same(a, b):
+  for x, y in zip(a, b, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_features_are_those_of_the_images_in_order(subject, tmp_path):
+  found = extract(subject, tmp_path)
+  source = data.Scenes(image_size=16, **SECTION)
+  expected = [data.normalize(source[i]['image']).ravel() for i in range(23)]
+  np.testing.assert_allclose(found.features, expected, rtol=1e-5, atol=1e-5)
+  assert found.labels.tolist() == [source[i]['label'] for i in range(23)]
+  assert found.numbers.tolist() == list(range(23))
+
+
+def test_a_second_extraction_reads_what_the_first_wrote(subject, tmp_path, computed):
+  first = extract(subject, tmp_path)
+  assert len(computed) == 6
+  assert_same(extract(subject, tmp_path), first)
+  assert len(computed) == 6
+  files = [path for path in tmp_path.rglob('*') if path.suffix == '.npz']
+  assert len(files) == 3
+  assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
+
+
+@pytest.mark.parametrize('damage', ['missing', 'cut', 'flipped'])
+def test_goes_on_where_files_end(subject, tmp_path, computed, damage):
+  first = extract(subject, tmp_path)
+  second, third = sorted(tmp_path.rglob('*.npz'))[1:]
+  if damage == 'missing':
+    second.unlink()
+    third.unlink()
+  else:
+    content = bytearray(second.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 255
+    second.write_bytes(content[:middle] if damage == 'cut' else content)
+  del computed[:]
+  assert_same(extract(subject, tmp_path), first)
+  assert len(computed) == 4
+
+
+def test_other_data_labels_kinds_and_sizes_are_computed_anew(subject, tmp_path, computed):
+  extract(subject, tmp_path)
+  for change in (
+    dict(label='shape'),
+    dict(split='validation'),
+    dict(size=22),
+    dict(kind='model'),
+    dict(kind='untrained'),
+    dict(batch_size=5),
+  ):
+    before = len(computed)
+    extract(subject, tmp_path, **change)
+    # The untrained model of these tests is the model.
+    assert len(computed) > before, change
+
+
+def test_other_parameters_are_computed_anew(subject, tmp_path):
+  first = extract(subject, tmp_path, kind='model')
+  projection = subject.variables['params']['memory_projection']
+  changed = projection | {'bias': projection['bias'].at[0].add(1.0)}
+  params = subject.variables['params'] | {'memory_projection': changed}
+  other = subject._replace(variables=subject.variables | {'params': params})
+  second = extract(other, tmp_path, kind='model')
+  np.testing.assert_allclose(second.features[:, 0], first.features[:, 0] + 1, rtol=1e-4)
+
+
+def test_without_a_folder_nothing_is_written(subject, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  extract(subject, None)
+  assert not list(tmp_path.iterdir())
+
+
+def pair(subject, train, test):
+  return features.extract_pair(subject, 'knn', train, test, 'pixels', 8)
+
+
+def test_one_split_for_both_is_refused(subject):
+  with pytest.raises(UserError, match='knn: train and test are the same source; give two splits'):
+    pair(subject, SECTION, dict(SECTION))
+
+
+def test_classes_without_a_training_image_are_refused(subject):
+  with pytest.raises(
+    UserError, match='knn: the train source has no usable image of .* right split'
+  ):
+    pair(subject, dict(split='train', size=2), SECTION)
