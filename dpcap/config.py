@@ -337,6 +337,18 @@ EVALUATORS = {
     'features': Key(str, 'model', 'what is probed', evals.FEATURES),
     'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
   },
+  'private_probe': {
+    'train': SOURCES,
+    'test': SOURCES,
+    'features': Key(str, 'model', 'what is probed', evals.FEATURES),
+    'epsilon': Key(float, 1.0, 'of the probe, for its training images', check=_POSITIVE),
+    'delta': Key(float, None, 'None: 1 / N', check=_FRACTION, optional=True),
+    'clip_norm': Key(float, 1.0, "of an example's gradient", check=_POSITIVE),
+    'expected_batch_size': Key(int, 1024, 'Poisson-sampled', check=_POSITIVE),
+    'steps': Key(int, 200, 'noisy gradients', check=_POSITIVE),
+    'learning_rate': Key(float, 4.0, 'at the start; falls to zero as a cosine', check=_POSITIVE),
+    'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
+  },
   'few_shot': {
     'train': SOURCES,
     'test': SOURCES,

@@ -3,7 +3,16 @@
 An evaluator takes a Subject and its own options and returns a Result; EVALUATORS lists them.
 """
 
-from dpcap.evals import aro, captions, few_shot, knn, linear_probe, retrieval, zero_shot
+from dpcap.evals import (
+  aro,
+  captions,
+  few_shot,
+  knn,
+  linear_probe,
+  private_probe,
+  retrieval,
+  zero_shot,
+)
 from dpcap.evals.aro import SCENES_TESTS as ARO_SCENES_TESTS
 from dpcap.evals.decoding import METHODS as CAPTION_METHODS
 from dpcap.evals.features import FEATURES
@@ -13,6 +22,7 @@ from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
 # name in the config -> function(subject, **options) -> Result
 EVALUATORS = {
   'linear_probe': linear_probe.evaluate,
+  'private_probe': private_probe.evaluate,
   'few_shot': few_shot.evaluate,
   'knn': knn.evaluate,
   'retrieval': retrieval.evaluate,
