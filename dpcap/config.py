@@ -337,6 +337,25 @@ EVALUATORS = {
     'features': Key(str, 'model', 'what is probed', evals.FEATURES),
     'batch_size': Key(int, 256, 'images at a time', check=_POSITIVE),
   },
+  'linear_probe_sgd': {
+    'train': SOURCES,
+    'test': SOURCES,
+    'optimizer': Key(str, 'lars', 'momentum 0.9, no weight decay', evals.PROBE_OPTIMIZERS),
+    'epochs': Key(int, 90, 'passes over the training images', check=_POSITIVE),
+    'warmup_epochs': Key(int, 10, 'of these', check=_NOT_NEGATIVE),
+    'base_learning_rates': Key(
+      tuple,
+      (0.1,),
+      'times probe_batch_size / 256; of several the best on a fifth of the training images',
+      check=(
+        lambda x: bool(x) and all(isinstance(r, (int, float)) and r > 0 for r in x),
+        'one or more numbers above 0',
+      ),
+    ),
+    'probe_batch_size': Key(int, 16_384, 'images of a step', check=_POSITIVE),
+    'augment': Key(bool, True, 'random crops and flips in every epoch'),
+    'batch_size': Key(int, 256, 'images at a time in the encoder', check=_POSITIVE),
+  },
   'private_probe': {
     'train': SOURCES,
     'test': SOURCES,

@@ -9,6 +9,7 @@ from dpcap.evals import (
   few_shot,
   knn,
   linear_probe,
+  linear_probe_sgd,
   private_probe,
   retrieval,
   zero_shot,
@@ -16,12 +17,14 @@ from dpcap.evals import (
 from dpcap.evals.aro import SCENES_TESTS as ARO_SCENES_TESTS
 from dpcap.evals.decoding import METHODS as CAPTION_METHODS
 from dpcap.evals.features import FEATURES
+from dpcap.evals.linear_probe_sgd import OPTIMIZERS as PROBE_OPTIMIZERS
 from dpcap.evals.subject import Result, Subject
 from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
 
 # name in the config -> function(subject, **options) -> Result
 EVALUATORS = {
   'linear_probe': linear_probe.evaluate,
+  'linear_probe_sgd': linear_probe_sgd.evaluate,
   'private_probe': private_probe.evaluate,
   'few_shot': few_shot.evaluate,
   'knn': knn.evaluate,
@@ -37,6 +40,7 @@ __all__ = [
   'CAPTION_METHODS',
   'EVALUATORS',
   'FEATURES',
+  'PROBE_OPTIMIZERS',
   'Result',
   'Subject',
   'ZERO_SHOT_METHODS',
