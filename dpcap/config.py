@@ -356,6 +356,23 @@ EVALUATORS = {
     'augment': Key(bool, True, 'random crops and flips in every epoch'),
     'batch_size': Key(int, 256, 'images at a time in the encoder', check=_POSITIVE),
   },
+  'fine_tune': {
+    'train': SOURCES,
+    'test': SOURCES,
+    'epochs': Key(int, 100, 'passes over the training images', check=_POSITIVE),
+    'warmup_epochs': Key(int, 5, 'of these', check=_NOT_NEGATIVE),
+    'base_learning_rate': Key(float, 5e-4, 'times train_batch_size / 256', check=_POSITIVE),
+    'layer_decay': Key(
+      float,
+      0.65,
+      "a layer's learning rate over that of the layer above",
+      check=(lambda x: 0 < x <= 1, 'above 0, at most 1'),
+    ),
+    'weight_decay': Key(float, 0.05, 'of matrices', check=_NOT_NEGATIVE),
+    'label_smoothing': Key(float, 0.1, 'share that all classes have alike', check=_FRACTION),
+    'train_batch_size': Key(int, 1024, 'images of a step', check=_POSITIVE),
+    'batch_size': Key(int, 64, 'images at a time', check=_POSITIVE),
+  },
   'private_probe': {
     'train': SOURCES,
     'test': SOURCES,

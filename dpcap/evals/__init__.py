@@ -7,6 +7,7 @@ from dpcap.evals import (
   aro,
   captions,
   few_shot,
+  fine_tune,
   knn,
   linear_probe,
   linear_probe_sgd,
@@ -25,6 +26,7 @@ from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
 EVALUATORS = {
   'linear_probe': linear_probe.evaluate,
   'linear_probe_sgd': linear_probe_sgd.evaluate,
+  'fine_tune': fine_tune.evaluate,
   'private_probe': private_probe.evaluate,
   'few_shot': few_shot.evaluate,
   'knn': knn.evaluate,
