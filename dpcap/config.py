@@ -227,6 +227,10 @@ SOURCES = {
       fixed=False,
     ),
   },
+  'image_folder': {
+    'path': Key(str, '', 'folder of the splits, in them one of each class', check=_GIVEN),
+    'split': Key(str, '', 'folder of the split', check=_GIVEN),
+  },
   'tfds': {
     'dataset': Key(str, '', 'name[/config][:version], prepared as array_record', check=_GIVEN),
     'split': Key(str, 'train', 'split, in the TFDS slicing language'),
@@ -259,6 +263,22 @@ def source_config(name: str, **values) -> ml_collections.ConfigDict:
     UserError: for an unknown source or key.
   """
   return _with_values('source', name, SOURCES, values)
+
+
+def dataset_config(dataset: str, split: str, **values) -> ml_collections.ConfigDict:
+  """The source section of a data set of the catalogue (`data.DATASETS`).
+
+  Args:
+    dataset: its name.
+    split: 'train' or 'test'; where the real test labels are not public, test is the validation split.
+    values: further keys of the source, such as data_dir (TFDS) or path (image folders).
+
+  Raises:
+    UserError: for an unknown data set, split or key.
+  """
+  found = data.find_dataset(dataset)
+  own_split = choose(f'split of {dataset}', split, found.splits)
+  return source_config(**found.source | {'split': own_split} | values)
 
 
 def evaluator_config(name: str, **values) -> ml_collections.ConfigDict:
@@ -446,11 +466,20 @@ EVALUATORS = {
       'likelihood: lowest mean token loss; greedy: descent in the tree of the labels',
       evals.ZERO_SHOT_METHODS,
     ),
+    'dataset': Key(
+      str,
+      None,
+      "name in the catalogue: makes the source's class names readable, has templates",
+      data.DATASETS,
+      optional=True,
+    ),
     'templates': Key(
       tuple,
-      ('this is a photo of a {}',),
-      'texts with {} for the label; losses are averaged over them; greedy takes one',
+      None,
+      'texts with {} for the label; losses are averaged over them; greedy takes one. None: those of'
+      " the dataset (greedy: its first), without one 'this is a photo of a {}'",
       check=_TEMPLATES,
+      optional=True,
     ),
     'labels_file': Key(
       str,

@@ -65,7 +65,11 @@ def test_every_experiment_fits_the_schema(experiment):
     ('data.image_size', 20, ['data.image_size', '20', 'patch size, 8']),
     ('data.crop_scale', (0.5, 0.2), ['data.crop_scale', '(0.5, 0.2)']),
     ('data.flip', 1, ['data.flip', '1', 'bool']),
-    ('data.source.name', 'laion', ['data.source.name', "'laion'", 'scenes, tar_shards, tfds']),
+    (
+      'data.source.name',
+      'laion',
+      ['data.source.name', "'laion'", 'scenes, tar_shards, image_folder, tfds'],
+    ),
     ('data.source.split', 'dev', ['data.source.split', "'dev'"]),
     ('data.source.path', '/x', ['data.source.path', 'no key']),
     ('optimizer.warmup_steps', 6, ['optimizer.warmup_steps', '6', 'train.steps']),

@@ -1,7 +1,9 @@
 """Where examples come from: sources, image operations, text, the batch pipeline."""
 
 from dpcap.data.byte_ranges import StoreError
+from dpcap.data.catalogue import DATASETS, Dataset, find_dataset, readable
 from dpcap.data.image import normalize
+from dpcap.data.image_folder import ImageFolder
 from dpcap.data.pipeline import (
   WORKER_TIMEOUT_S,
   EvaluationBatches,
@@ -20,8 +22,11 @@ from dpcap.data.tfds_source import TfdsSource
 from dpcap.errors import UserError
 
 __all__ = [
+  'DATASETS',
+  'Dataset',
   'EvaluationBatches',
   'Examples',
+  'ImageFolder',
   'LogicalBatches',
   'SCENE_LABELS',
   'SCENES_VOCABULARY',
@@ -33,10 +38,12 @@ __all__ = [
   'Tokenizer',
   'Transform',
   'WORKER_TIMEOUT_S',
+  'find_dataset',
   'iterate',
   'make_source',
   'make_tokenizer',
   'normalize',
+  'readable',
 ]
 
 
@@ -44,7 +51,7 @@ def make_source(name: str, image_size: int, **options) -> Source:
   """The source of that name.
 
   Args:
-    name: 'scenes', 'tar_shards' or 'tfds'.
+    name: 'scenes', 'tar_shards', 'tfds' or 'image_folder'.
     image_size: side in pixels, for sources that draw their images.
     **options: the source's own arguments.
 
@@ -55,6 +62,8 @@ def make_source(name: str, image_size: int, **options) -> Source:
     return Scenes(image_size=image_size, **options)
   if name == 'tfds':
     return TfdsSource(**options)
+  if name == 'image_folder':
+    return ImageFolder(**options)
   try:
     return TarShards(**options)
   except StoreError as e:

@@ -7,6 +7,7 @@ again and again, among those that some label's text goes on with.
 
 import collections
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,12 +24,21 @@ from dpcap.evals.accuracy import top1
 from dpcap.evals.subject import Result, Subject
 
 METHODS = ('likelihood', 'greedy')
+_TEMPLATES = ('this is a photo of a {}',)
+_WORDNET_ID = re.compile(r'^n\d{8}\s+')
 _LOGITS_AT_ONCE = 2**25  # float32: 128 MB
 _MAX_TOKENS = 256  # of a prompt with its label
 
 
 def evaluate(
-  subject: Subject, *, source, method: str, templates, labels_file: str | None, batch_size: int
+  subject: Subject,
+  *,
+  source,
+  method: str,
+  dataset: str | None,
+  templates: Sequence[str] | None,
+  labels_file: str | None,
+  batch_size: int,
 ) -> Result:
   """Top-1 accuracy, with its 95% interval.
 
@@ -36,7 +46,10 @@ def evaluate(
     subject: the model.
     source: labelled images, a source section of the config.
     method: one of METHODS.
-    templates: texts with {} where the label goes. With several, a name's loss is the mean.
+    dataset: name in the catalogue, whose rules make the source's class names readable; None: as
+      they are.
+    templates: texts with {} where the label goes. With several, a name's loss is the mean. None:
+      those of the dataset (its first one if greedy), without one the paper's.
     labels_file: one class a line, in the order of the labels; None: the source's class names.
       Commas part synonyms, each of which counts for its class.
     batch_size: images at a time.
@@ -45,7 +58,11 @@ def evaluate(
     UserError: if there are no names, a template does not fit, or no image can be used.
   """
   records = subject.make_source(source)
-  names = read_names(labels_file) if labels_file else tuple(records.class_names)
+  known = data.find_dataset(dataset) if dataset else None
+  names = _names(records, known, labels_file)
+  if templates is None:
+    templates = known.templates if known else _TEMPLATES
+    templates = templates[:1] if method == 'greedy' else templates
   if not names:
     raise UserError('zero_shot: the source has no class names; give labels_file')
   if labels_file and records.class_names and len(names) != len(records.class_names):
@@ -71,8 +88,20 @@ def evaluate(
   return top1(predicted, labels, names, method=method, left_out=int(np.sum(~usable)))
 
 
+def _names(
+  records: data.Source, known: data.Dataset | None, labels_file: str | None
+) -> tuple[str, ...]:
+  if labels_file:
+    return read_names(labels_file)
+  if known is None:
+    return tuple(records.class_names)
+  if known.names:
+    raise UserError(f'zero_shot: class names of this dataset are {known.names}')
+  return data.readable(known, records.class_names)
+
+
 def read_names(labels_file: str) -> tuple[str, ...]:
-  """The lines of a file of class names.
+  """The lines of a file of class names; WordNet ids at their beginning are left out.
 
   Raises:
     UserError: if it cannot be read, or a line is empty.
@@ -84,7 +113,7 @@ def read_names(labels_file: str) -> tuple[str, ...]:
   for number, name in enumerate(names, 1):
     if not name.strip():
       raise UserError(f'labels_file {labels_file}: line {number} is empty; expected a class name')
-  return names
+  return tuple(_WORDNET_ID.sub('', name) for name in names)
 
 
 def make_classifier(

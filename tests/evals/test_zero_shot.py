@@ -112,6 +112,7 @@ def test_evaluate_counts_every_usable_image_once(subject, method):
     source=dict(split='test', size=10),
     method=method,
     templates=('a {}',),
+    dataset=None,
     labels_file=None,
     batch_size=4,
   )
@@ -136,6 +137,39 @@ def test_refuses(subject, tmp_path, change, message):
   if '\n' in change.get('labels_file', ''):
     (tmp_path / 'names').write_text(change['labels_file'])
     change = change | {'labels_file': str(tmp_path / 'names')}
-  options = dict(method='likelihood', templates=('{}',), labels_file=None, batch_size=4)
+  options = dict(
+    method='likelihood', templates=('{}',), dataset=None, labels_file=None, batch_size=4
+  )
   with pytest.raises(UserError, match=message):
     zero_shot.evaluate(subject, source=dict(split='test', size=4), **options | change)
+
+
+def test_names_and_templates_of_a_dataset(subject, monkeypatch, tmp_path):
+  """Names are made readable, templates are its own, greedy takes the first."""
+  seen = []
+
+  def make_classifier(subject, names, method, templates):
+    seen.append((names, list(templates)))
+    return lambda images: np.zeros(len(images), int)
+
+  class Spaced(data.Scenes):
+    class_names = tuple(f'00{i}.{name}_bird' for i, name in enumerate(data.scenes.COLORS))
+
+  monkeypatch.setattr(zero_shot, 'make_classifier', make_classifier)
+  spaced = subject._replace(make_source=lambda section: Spaced(image_size=16, **section))
+  options = dict(source=dict(split='test', size=4), labels_file=None, batch_size=4)
+  zero_shot.evaluate(spaced, method='likelihood', dataset='cub200', templates=None, **options)
+  zero_shot.evaluate(spaced, method='greedy', dataset='cub200', templates=None, **options)
+  zero_shot.evaluate(spaced, method='likelihood', dataset=None, templates=None, **options)
+  of_birds = data.find_dataset('cub200').templates
+  assert [templates for _, templates in seen] == [
+    of_birds,
+    of_birds[:1],
+    ['this is a photo of a {}'],
+  ]
+  assert seen[0][0][0] == 'red bird' and seen[2][0][0] == '000.red_bird'
+  with pytest.raises(UserError, match='LOC_synset_mapping.txt'):
+    zero_shot.evaluate(spaced, method='greedy', dataset='imagenet', templates=None, **options)
+  path = tmp_path / 'names.txt'
+  path.write_text('n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n')
+  assert zero_shot.read_names(str(path)) == ('tench, Tinca tinca', 'goldfish, Carassius auratus')
