@@ -152,11 +152,20 @@ def test_names_and_templates_of_a_dataset(subject, monkeypatch, tmp_path):
     seen.append((names, list(templates)))
     return lambda images: np.zeros(len(images), int)
 
-  class Spaced(data.Scenes):
+  class Spaced:
     class_names = tuple(f'00{i}.{name}_bird' for i, name in enumerate(data.scenes.COLORS))
 
+    def __init__(self, section):
+      self._scenes = data.Scenes(image_size=16, **section)
+
+    def __len__(self):
+      return len(self._scenes)
+
+    def __getitem__(self, index):
+      return self._scenes[index]
+
   monkeypatch.setattr(zero_shot, 'make_classifier', make_classifier)
-  spaced = subject._replace(make_source=lambda section: Spaced(image_size=16, **section))
+  spaced = subject._replace(make_source=Spaced)
   options = dict(source=dict(split='test', size=4), labels_file=None, batch_size=4)
   zero_shot.evaluate(spaced, method='likelihood', dataset='cub200', templates=None, **options)
   zero_shot.evaluate(spaced, method='greedy', dataset='cub200', templates=None, **options)
