@@ -494,6 +494,11 @@ EVALUATORS = {
     'test': Key(str, 'attributes', 'how false captions are made', evals.ARO_SCENES_TESTS),
     'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
   },
+  'aro_order': {
+    'annotations': Key(str, '', 'a list of {image, caption: [...]} as JSON', check=_GIVEN),
+    'images': Key(str, '', 'folder of the images', check=_GIVEN),
+    'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
+  },
   'aro_visual_genome': {
     'annotations': Key(
       str, '', 'visual_genome_relation.json or visual_genome_attribution.json', check=_GIVEN

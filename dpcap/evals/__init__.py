@@ -34,6 +34,7 @@ EVALUATORS = {
   'captions': captions.evaluate,
   'zero_shot': zero_shot.evaluate,
   'aro_scenes': aro.evaluate_scenes,
+  'aro_order': aro.evaluate_order,
   'aro_visual_genome': aro.evaluate_visual_genome,
 }
 

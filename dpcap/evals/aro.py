@@ -27,7 +27,12 @@ from dpcap.evals.subject import Result, Subject
 SCENES_TESTS = ('attributes', 'relations', 'order')
 _MAX_WORDS = 30
 _FEWEST_ATTRIBUTE_CASES = 25
+_TRIES = 20
 _SEED = 0  # of what is drawn in a case; with the case's number, so the test is always the same
+
+
+# From a text to its words, each with 'noun', 'adjective' or ''.
+Tagger = Callable[[str], Sequence[tuple[str, str]]]
 
 
 class Case(NamedTuple):
@@ -102,18 +107,62 @@ def evaluate_visual_genome(
   return _judge(subject, _VisualGenomeCases(entries, images), 2, batch_size, fewest)
 
 
-def read_annotations(path: str) -> list[dict]:
-  """The entries of one of ARO's Visual Genome files.
+def evaluate_order(subject: Subject, *, annotations: str, images: str, batch_size: int) -> Result:
+  """ARO's COCO-order and Flickr30k-order: the caption among four shuffles of its words.
+
+  Every caption of every image is a case, cut to 30 words.
+
+  Args:
+    subject: the model.
+    annotations: a list of {"image": path, "caption": [text, ...]}, the test split of Karpathy's files.
+    images: the folder that paths are in.
+    batch_size: cases at a time.
+
+  Returns:
+    The share of right choices; see `_judge`. Chance is 20%.
+
+  Raises:
+    UserError: if the annotations cannot be used, no image can, or spaCy is not installed.
+  """
+  entries = read_captions(annotations)
+  spacy_tagger()  # if it is not there, say so before anything is read
+  return _judge(subject, _OrderCases(entries, images), 5, batch_size, fewest=1)
+
+
+def read_captions(path: str) -> list[tuple[str, str]]:
+  """(image, caption) of a file of images and captions.
 
   Raises:
     UserError: naming the file and what it lacks.
   """
+  pairs = []
+  for number, entry in enumerate(_read_list(path)):
+    if not isinstance(entry, dict) or not {'image', 'caption'} <= entry.keys():
+      raise UserError(f'annotations {path}: entry {number} lacks image or caption')
+    captions = entry['caption']
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+      raise UserError(f'annotations {path}: caption of entry {number} is no list of texts')
+    pairs += [(entry['image'], caption) for caption in captions]
+  return pairs
+
+
+def _read_list(path: str) -> list:
   try:
     entries = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except (OSError, ValueError) as e:
     raise UserError(f'annotations {path}: cannot be read ({e})') from e
   if not isinstance(entries, list) or not entries:
     raise UserError(f'annotations {path}: expected a list of cases that is not empty')
+  return entries
+
+
+def read_annotations(path: str) -> list[dict]:
+  """The entries of one of ARO's Visual Genome files.
+
+  Raises:
+    UserError: naming the file and what it lacks.
+  """
+  entries = _read_list(path)
   needed = ['image_path', 'bbox_x', 'bbox_y', 'bbox_w', 'bbox_h', 'true_caption', 'false_caption']
   for number, entry in enumerate(entries):
     missing = [key for key in needed if not isinstance(entry, dict) or key not in entry]
@@ -190,38 +239,90 @@ def _swap_things(scene, rng):
 
 
 def _shuffle_scene(scene, rng):
-  content = {*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES}
   if not scene.relations:
     return (), ''
-  return shuffles(scenes.caption(scene), content.__contains__, rng), f'{len(scene.things)} things'
+  return shuffles(scenes.caption(scene), _tag_scene, rng), f'{len(scene.things)} things'
 
 
-def shuffles(
-  caption: str, is_noun_or_adjective: Callable[[str], bool], rng: np.random.Generator
-) -> tuple[str, str, str, str]:
-  """ARO's four shuffles of a caption, which is cut to 30 words first.
+def _tag_scene(caption):
+  nouns, adjectives = set(scenes.SHAPES), {*scenes.COLORS, *scenes.SIZES}
+  part = lambda word: 'noun' if word in nouns else 'adjective' if word in adjectives else ''
+  return [(word, part(word)) for word in caption.split()]
 
-  Nouns and adjectives among themselves; all other words among themselves; the words within each
-  group of three; the groups of three.
+
+@dataclasses.dataclass(frozen=True)
+class _OrderCases:
+  entries: list[tuple[str, str]]
+  folder: str
+
+  def __len__(self):
+    return len(self.entries)
+
+  def __getitem__(self, index: int) -> Case:
+    image, caption = self.entries[index]
+    try:
+      content = (pathlib.Path(self.folder) / image).read_bytes()
+    except OSError as e:
+      raise BadRecord(f'{image}: {e.strerror}') from e
+    caption = ' '.join(caption.split()[:_MAX_WORDS])
+    false = shuffles(caption, spacy_tagger(), np.random.default_rng((_SEED, index)))
+    if not false:
+      raise BadRecord('the caption has an order of words that cannot be changed')
+    return Case(content, (caption, *false), 'all')
+
+
+@functools.cache
+def spacy_tagger() -> Tagger:
+  """Parts of speech by spaCy's small English model, as in ARO.
+
+  Raises:
+    UserError: if spaCy or the model is not installed.
   """
-  words = caption.split()[:_MAX_WORDS]
-  chosen = np.array([is_noun_or_adjective(word) for word in words], bool)
+  try:
+    import spacy  # optional: only this needs it
 
-  def among(places: np.ndarray) -> str:
-    shuffled = list(words)
-    for place, other in zip(places, rng.permutation(places)):
-      shuffled[place] = words[other]
-    return ' '.join(shuffled)
+    tagger = spacy.load('en_core_web_sm', exclude=['parser', 'ner', 'lemmatizer'])
+  except (ImportError, OSError) as e:
+    raise UserError(
+      "aro_order takes spaCy and its English model: pip install 'dpcap[aro]', then python -m spacy"
+      ' download en_core_web_sm'
+    ) from e
+  parts = {'NN': 'noun', 'JJ': 'adjective'}  # plurals, names, comparatives have longer tags
+  return lambda text: [(token.text, parts.get(token.tag_[:2], '')) for token in tagger(text)]
 
-  threes = [words[i : i + 3] for i in range(0, len(words), 3)]
-  within = [three[i] for three in threes for i in rng.permutation(len(three))]
-  moved = [word for i in rng.permutation(len(threes)) for word in threes[i]]
-  return (
-    among(np.flatnonzero(chosen)),
-    among(np.flatnonzero(~chosen)),
-    ' '.join(within),
-    ' '.join(moved),
+
+def shuffles(caption: str, tag: Tagger, rng: np.random.Generator) -> tuple[str, ...]:
+  """ARO's four shuffles of a caption; none if one of them cannot but leave it as it is.
+
+  Nouns among themselves and adjectives among themselves; all other words among themselves; the words
+  within each group of three; the groups of three. ARO keeps shuffles that happen to change nothing
+  and counts them as right; here they are drawn again.
+  """
+  words, parts = zip(*tag(caption)) if caption.strip() else ((), ())
+  plain = caption.split()
+  threes = [plain[i : i + 3] for i in range(0, len(plain), 3)]
+
+  def among(text: list[str], *kinds: str) -> list[str]:
+    for kind in kinds:
+      places = [i for i, part in enumerate(parts) if part == kind]
+      for place, other in zip(places, rng.permutation(places)):
+        text[place] = words[other]
+    return text
+
+  draws = (
+    (words, lambda: among(list(words), 'noun', 'adjective')),
+    (words, lambda: among(list(words), '')),
+    (plain, lambda: [three[i] for three in threes for i in rng.permutation(len(three))]),
+    (plain, lambda: [word for i in rng.permutation(len(threes)) for word in threes[i]]),
   )
+  shuffled = []
+  for text, draw in draws:
+    tries = (draw() for _ in range(_TRIES))
+    other = next((new for new in tries if new != list(text)), None)
+    if other is None:
+      return ()
+    shuffled.append(' '.join(other))
+  return tuple(shuffled)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import jax
 import numpy as np
@@ -63,21 +64,66 @@ def test_a_case_is_right_where_the_true_caption_has_the_lowest_loss(subject):
   assert details['interval95'][0] <= result.value <= details['interval95'][1]
 
 
+def _tag(text):
+  nouns, adjectives = {'ring', 'square'}, {'small', 'red', 'large', 'blue'}
+  part = lambda word: 'noun' if word in nouns else 'adjective' if word in adjectives else ''
+  return [(word, part(word)) for word in text.split()]
+
+
 def test_shuffles_move_what_they_say():
   words = 'a small red ring left of a large blue square above'.split()
-  content = {'small', 'red', 'ring', 'large', 'blue', 'square'}
-  first, second, within, threes = (
-    text.split()
-    for text in aro.shuffles(' '.join(words), content.__contains__, np.random.default_rng())
-  )
-  assert [w for w in first if w not in content] == [w for w in words if w not in content]
-  assert [i for i, w in enumerate(first) if w in content] == [1, 2, 3, 7, 8, 9]
-  assert [w for w in second if w in content] == [w for w in words if w in content]
-  cut = lambda text: [tuple(text[i : i + 3]) for i in range(0, len(text), 3)]
-  assert [sorted(three) for three in cut(within)] == [sorted(three) for three in cut(words)]
-  assert all(' '.join(three) in ' '.join(threes) for three in cut(words))
-  long = ' '.join(['word'] * 40)
-  assert len(aro.shuffles(long, bool, np.random.default_rng())[0].split()) == 30
+  parts = [part for _, part in _tag(' '.join(words))]
+  for _ in range(10):
+    first, second, within, threes = (
+      text.split() for text in aro.shuffles(' '.join(words), _tag, np.random.default_rng())
+    )
+    assert all(text != words for text in (first, second, within, threes))
+    assert [part for _, part in _tag(' '.join(first))] == parts
+    assert [w for w, part in _tag(' '.join(first)) if not part] == [
+      w for w, part in zip(words, parts) if not part
+    ]
+    assert [w for w, part in zip(second, parts) if part] == [
+      w for w, part in zip(words, parts) if part
+    ]
+    cut = lambda text: [tuple(text[i : i + 3]) for i in range(0, len(text), 3)]
+    assert [sorted(three) for three in cut(within)] == [sorted(three) for three in cut(words)]
+    assert all(' '.join(three) in ' '.join(threes) for three in cut(words))
+
+
+@pytest.mark.parametrize('text', ['a red ring', 'red red red red ring of a', ''])
+def test_an_order_that_cannot_be_changed_is_no_case(text):
+  assert aro.shuffles(text, _tag, np.random.default_rng()) == ()
+
+
+def test_order_asks_about_every_caption(subject, tmp_path, monkeypatch):
+  monkeypatch.setattr(aro, 'spacy_tagger', lambda: _tag)
+  pixels = np.random.default_rng().integers(0, 256, (20, 30, 3), dtype=np.uint8)
+  Image.fromarray(pixels).save(tmp_path / 'one.png')
+  captions = [
+    'a small red ring left of a large blue square',
+    'a ring',
+    'a red square above a blue ring',
+  ]
+  entries = [
+    {'image': 'one.png', 'caption': captions},
+    {'image': 'absent.png', 'caption': captions[:1]},
+  ]
+  path = tmp_path / 'coco.json'
+  path.write_text(json.dumps(entries))
+  result = aro.evaluate_order(subject, annotations=str(path), images=str(tmp_path), batch_size=4)
+  assert (result.n, result.details['left_out'], result.details['chance']) == (2, 2, 0.2)
+  path.write_text(json.dumps([{'image': 'one.png', 'caption': 'a'}]))
+  with pytest.raises(UserError, match='caption of entry 0 is no list of texts'):
+    aro.read_captions(str(path))
+  path.write_text(json.dumps([{'image': 'one.png'}]))
+  with pytest.raises(UserError, match='entry 0 lacks image or caption'):
+    aro.read_captions(str(path))
+
+
+def test_without_spacy_it_is_asked_for(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'spacy', None)
+  with pytest.raises(UserError, match='aro_order takes spaCy .*dpcap.aro.*en_core_web_sm'):
+    aro.spacy_tagger.__wrapped__()
 
 
 def _annotation(path, **change):
