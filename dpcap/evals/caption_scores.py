@@ -1,6 +1,8 @@
 """BLEU-4 and CIDEr-D of captions, one reference or more each, words parted by spaces.
 
-Own implementations in a page: the usual packages bring Java for their tokenizer. Captions that
+Own implementations in a page, for a reason: pycocoevalcap, which has both, brings Java programs and
+pycocotools and is hardly kept; sacrebleu is kept but has no CIDEr; others bring PyTorch. The figures
+are those of pycocoevalcap and sacrebleu to nine digits (see the tests). Captions that
 have been through WordPiece and back are in lower case with their punctuation parted; those of the
 bytes tokenizer are compared as they stand. Published figures were tokenised by other rules.
 """

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -58,3 +59,20 @@ def test_known_values():
   same = [[text] for text in texts]
   assert bleu4(texts, same) == pytest.approx(1) and cider_d(texts, same) == pytest.approx(10)
   assert bleu4(['', ''], same) == 0 and cider_d(['', ''], same) == 0
+
+
+def test_agree_with_published_programs():
+  """Figures of pycocoevalcap 1.2 (both) and sacrebleu 2 (BLEU), on texts from a fixed seed."""
+  generator = random.Random(7)
+  words = 'a b c d e f g h the red on of'.split()
+
+  def text():
+    return ' '.join(generator.choice(words) for _ in range(generator.randint(4, 12)))
+
+  written = [text() for _ in range(40)]
+  given = [
+    [' '.join(word for word in t.split() if generator.random() > 0.25) + ' red on', text()]
+    for t in written
+  ]
+  assert bleu4(written, given) == pytest.approx(0.5115637272891971, rel=1e-9)
+  assert cider_d(written, given) == pytest.approx(3.0341836064956680, rel=1e-9)
