@@ -37,10 +37,16 @@ def get_config(label='count'):
   config.evals.update(config_lib.probes_beside_baselines(train, test))
   config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
 
+  pair = dict(train=train, test=test)
+  config.evals.few_shot = config_lib.evaluator_config('few_shot', **pair)
+  config.evals.nearest_neighbours = config_lib.evaluator_config('knn', **pair)
+  config.evals.private_probe = config_lib.evaluator_config('private_probe', **pair)
+
   some = config_lib.source_config('scenes', split='test', size=1_000, label='color')
   config.evals.zero_shot = config_lib.evaluator_config(
     'zero_shot', source=some, templates=('a large {}',)
   )
+  config.evals.retrieval = config_lib.evaluator_config('retrieval', source=some)
   for about in ('attributes', 'relations', 'order'):
     config.evals[f'aro_{about}'] = config_lib.evaluator_config(
       'aro_scenes', source=some, test=about

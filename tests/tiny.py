@@ -24,6 +24,11 @@ def get_config():
   config.privacy.check_clipping = False  # it costs each run seconds; test_loop.py tests it
   config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 1
+  # Run where train.evaluate_at says so.
+  test = config_lib.source_config('scenes', split='test', size=6)
+  config.evals.written = config_lib.evaluator_config(
+    'captions', source=test, images=5, batch_size=4
+  )
   config.mesh.physical_batch = 8
   config.mesh.batches_per_chunk = 2
   config.train.steps = STEPS

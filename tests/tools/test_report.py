@@ -286,6 +286,46 @@ def test_confusion_has_a_picture(tmp_path, count):
   assert 'class="confusion"' in text and '<class 1>' not in text
 
 
+def test_retrieval_shows_what_was_found(tmp_path):
+  scenes = data.make_source('scenes', image_size=16, split='test', size=10)
+  record = {
+    'metric': 'recall_at_1',
+    'value': 0.5,
+    'n': 9,
+    'features': 'model',
+    'evaluator': 'retrieval',
+    'recall': {'1': {'value': 0.5}, '5': {'value': 0.8125}},
+    'mean_average_precision': 0.375,
+    'examples': [{'query': 7, 'nearest': [2, 4], 'same_class': [True, False]}],
+    'options': {'source': {'name': 'scenes', 'split': 'test', 'size': 10, 'label': 'color'}},
+  }
+  text = public(tmp_path, evals={'like': record})
+  same, other = (captions.image_uri(scenes[i]['image']) for i in (2, 4))
+  assert f'<span class="same"><img class="crisp" src="{same}"' in text
+  assert f'<span class="other"><img class="crisp" src="{other}"' in text
+  assert captions.image_uri(scenes[7]['image']) in text
+  assert '50.0% among the first 1, 81.2% among the first 5' in plain(text)
+  record['options']['source']['split'] = 'none'
+  assert 'Without images' in public(tmp_path, evals={'like': record})
+
+
+def test_shots_and_guarantees_of_evaluations(tmp_path):
+  shots = {str(k): {'value': v, 'interval95': [v, v]} for k, v in ((1, 0.25), (10, 0.625))}
+  common = {'metric': 'top1', 'n': 9, 'features': 'model', 'chance': 0.1}
+  text = plain(
+    public(
+      tmp_path,
+      evals={
+        'few': common | {'evaluator': 'few_shot', 'value': 0.625, 'shots': shots},
+        'own': common
+        | {'evaluator': 'private_probe', 'value': 0.5, 'privacy': {'text': 'epsilon <1>'}},
+      },
+    )
+  )
+  assert '62.5% with 10 per class' in text and 'own. epsilon <1>' in text
+  assert 'above every other probe' not in text
+
+
 def test_evaluations_in_training_are_curves(tmp_path):
   write_run(tmp_path, metrics=METRICS)
   for step, value, private in ((20, 0.75, True), (3, 0.5, True), (20, 0.625, False)):

@@ -19,6 +19,7 @@ _STEPS = 12
 _CHANGES = {
   'train.steps': _STEPS,
   'privacy.expected_batch_size': 150,
+  'train.evaluate_at': (_STEPS,),
 }
 
 
@@ -95,6 +96,14 @@ def test_two_processes_stopped_and_killed_compute_what_one_does(program, tmp_pat
   checkpoints.close()
   close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
   jax.tree.map(close, actual, expected.params)
+  # Each process had every second batch of the evaluation.
+  many, one = (
+    json.loads((tmp_path / run / f'evals/step_{_STEPS}/written.json').read_text())
+    for run in ('two', 'one')
+  )
+  assert many['n'] == one['n'] == 5
+  assert [c['index'] for c in many['captions']] == [c['index'] for c in one['captions']]
+  assert many['perplexity'] == pytest.approx(one['perplexity'], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -24,17 +24,17 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
   """HTML of an evaluation by captions; without images if its source cannot be read."""
   entries = record['captions'][:_MAX_IMAGES]
   try:
-    pictures = [_picture(view) for view in _views(config, record['options']['source'], entries)]
+    pictures = [picture(view) for view in _views(config, record['options']['source'], entries)]
     absent = ''
   except (UserError, BadRecord, LookupError) as e:
     pictures = [''] * len(entries)
     absent = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
   figures = []
-  for entry, picture in zip(entries, pictures):
+  for entry, image in zip(entries, pictures):
     written, given = mark_words(entry['written'], entry['given'])
     tick = '<span class="tick">✓</span> ' if entry['written'] == entry['given'] else ''
     figures.append(
-      f'<figure>{picture}<figcaption><p>{tick}{written or "<mark>nothing</mark>"}</p>'
+      f'<figure>{image}<figcaption><p>{tick}{written or "<mark>nothing</mark>"}</p>'
       f'<p class="given">{given}</p></figcaption></figure>'
     )
   title = html.escape(record['name'].replace('_', ' ').capitalize())
@@ -75,7 +75,8 @@ def image_uri(image: np.ndarray) -> str:
   return f'data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
-def _picture(view: np.ndarray) -> str:
+def picture(view: np.ndarray) -> str:
+  """An image as an element; a small one is enlarged as it is."""
   crisp = ' class="crisp"' if len(view) < _PIXELATED_BELOW else ''
   return f'<img{crisp} src="{image_uri(view)}" alt="">'
 

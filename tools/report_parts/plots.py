@@ -50,6 +50,8 @@ class Curve(NamedTuple):
     spec: format of a value.
     color: name in the style sheet.
     interval: key of (low, high), drawn as a band; None: none.
+    axis: what 'step' of a line is.
+    place: how the caption names one.
   """
 
   key: str
@@ -58,6 +60,8 @@ class Curve(NamedTuple):
   spec: str
   color: str
   interval: str | None = None
+  axis: str = 'step'
+  place: str = 'at step {:,}'
 
 
 def panel(lines: Sequence[dict[str, Any]], curve: Curve, target: float | None = None) -> str:
@@ -94,7 +98,7 @@ def panel(lines: Sequence[dict[str, Any]], curve: Curve, target: float | None = 
         ha='right',
         va='bottom',
       )
-    axes.set(xlabel='step', ylabel=curve.unit)
+    axes.set(xlabel=curve.axis, ylabel=curve.unit)
     axes.set_xlim(0, steps.max())
     axes.set_ylim(0, 1.16 * max(np.nanmax(values), target or 0) or 1)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=_TICKS))
@@ -110,5 +114,5 @@ def panel(lines: Sequence[dict[str, Any]], curve: Curve, target: float | None = 
   last = np.flatnonzero(finite)[-1]
   return (
     f'<figure class="panel"><figcaption>{curve.title} <span><b>{values[last]:{curve.spec}}</b>'
-    f' at step {steps[last]:,}</span></figcaption>{svg}</figure>'
+    f' {curve.place.format(steps[last])}</span></figcaption>{svg}</figure>'
   )

@@ -14,12 +14,17 @@ def comparable(run: Run) -> list[list[dict[str, Any]]]:
   """
   groups = {}
   for record in run.evals.values():
-    if 'features' not in record:
+    if not is_probe(record):
       continue
     sources = json.dumps([record['options']['train'], record['options']['test']])
     groups.setdefault(sources, []).append(record)
   order = lambda record: (not is_own(record), -record['value'])
   return [sorted(group, key=order) for group in groups.values()]
+
+
+def is_probe(record: dict[str, Any]) -> bool:
+  """Whether it is a result of linear_probe, which knows which features it probed."""
+  return 'features' in record and record.get('evaluator', 'linear_probe') == 'linear_probe'
 
 
 def is_own(record: dict[str, Any]) -> bool:

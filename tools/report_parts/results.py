@@ -16,7 +16,7 @@ def section(run: Run) -> str:
   """HTML of all evaluations but the captions themselves."""
   if not run.evals:
     return '<p class="absent">The run has not been evaluated yet: no evals/*.json.</p>'
-  others = [record for record in run.evals.values() if 'features' not in record]
+  others = [record for record in run.evals.values() if not probes.is_probe(record)]
   return ''.join(_probe_group(group) for group in probes.comparable(run)) + _others(others)
 
 
@@ -59,13 +59,39 @@ def _others(records: Sequence[dict[str, Any]]) -> str:
   if not records:
     return ''
   rows = ''.join(
-    _row(record, escape(record['metric']), record.get('chance'), ' class="own"')
-    for record in records
+    _row(record, escape(_what(record)), record.get('chance'), ' class="own"') for record in records
   )
   return (
-    f'<div class="group"><p class="about">What the captioner can do as it is, with no other'
-    f' training. Whiskers: 95% interval; dotted line: chance.</p>{_table("evaluation", "metric", rows)}'
-    f'{_panels(map(confusion.matrix, records))}</div>'
+    f'<div class="group"><p class="about">Other evaluations. Whiskers: 95% interval; dotted line:'
+    f' chance.</p>{_table("evaluation", "metric", rows)}'
+    f'{_panels([*map(_by_shots, records), *map(confusion.matrix, records)])}'
+    f'{"".join(map(_guarantee, records))}</div>'
+  )
+
+
+def _what(record: dict[str, Any]) -> str:
+  metric = record['metric'].replace('_', ' ')
+  other = record.get('features', 'model') != 'model'
+  return f'{metric}, {record["features"]}' if other else metric
+
+
+def _by_shots(record: dict[str, Any]) -> str:
+  """Accuracy against images per class, where it was measured so; '' elsewhere."""
+  if not isinstance(record.get('shots'), dict):
+    return ''
+  lines = [{'step': int(k), **entry} for k, entry in record['shots'].items()]
+  title = escape(probes.title(record))
+  shots = dict(interval='interval95', axis='images per class', place='with {:,} per class')
+  return panel(lines, Curve('value', title, record['metric'], '.1%', 'accent', **shots))
+
+
+def _guarantee(record: dict[str, Any]) -> str:
+  """What an evaluation that trained privately says of its own guarantee."""
+  if not isinstance(record.get('privacy'), dict):
+    return ''
+  return (
+    f'<p class="about"><b>{escape(probes.title(record))}.</b>'
+    f' {escape(str(record["privacy"].get("text", "")))}</p>'
   )
 
 
