@@ -33,5 +33,22 @@ def get_config(folder='emoji'):
   config.mesh.physical_batch = 32
 
   config.evals.update(config_lib.probes_beside_baselines(train, test))
-  config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
+  pair = dict(train=train, test=test)
+  config.evals.probe_of_views = config_lib.evaluator_config(
+    'linear_probe_sgd', **pair, epochs=10, warmup_epochs=1, probe_batch_size=512
+  )
+  config.evals.fine_tuned = config_lib.evaluator_config(
+    'fine_tune', **pair, epochs=3, warmup_epochs=1, train_batch_size=256, base_learning_rate=1e-3
+  )
+  config.evals.private_probe = config_lib.evaluator_config('private_probe', **pair)
+  config.evals.few_shot = config_lib.evaluator_config('few_shot', **pair)
+  config.evals.nearest_neighbours = config_lib.evaluator_config('knn', **pair)
+  config.evals.retrieval = config_lib.evaluator_config('retrieval', source=test)
+  config.evals.zero_shot = config_lib.evaluator_config(
+    'zero_shot', source=test, templates=('{}', 'an emoji of {}')
+  )
+  for method in ('greedy', 'beam', 'nucleus'):
+    config.evals[f'captions_{method}'] = config_lib.evaluator_config(
+      'captions', source=test, images=256, method=method
+    )
   return config
