@@ -1,13 +1,18 @@
 """DP-Cap on small images in tar shards with class labels: training and probing together.
 
 python -m dpcap.train --config=configs/emoji.py:DIR --workdir=runs/emoji
+python -m dpcap.evaluate --config=configs/emoji.py:DIR,all --workdir=runs/emoji
 """
 
 from dpcap import config as config_lib
+from dpcap.errors import UserError
 
 
-def get_config(folder='emoji'):
-  """The argument is the folder that holds train-*.tar and test-*.tar."""
+def get_config(argument='emoji'):
+  """The argument is the folder of train-*.tar and test-*.tar; FOLDER,all adds evaluations."""
+  folder, _, more = argument.partition(',')
+  if more not in ('', 'all'):
+    raise UserError(f'argument of emoji.py is {argument!r}; allowed: FOLDER, FOLDER,all')
   config = config_lib.base_config()
 
   config.model.size = 'demo'
@@ -33,6 +38,14 @@ def get_config(folder='emoji'):
   config.mesh.physical_batch = 32
 
   config.evals.update(config_lib.probes_beside_baselines(train, test))
+  config.evals.captions = config_lib.evaluator_config('captions', source=test, images=24)
+  if more:
+    add_evaluations(config, train, test)
+  return config
+
+
+def add_evaluations(config, train, test):
+  """All that work on labelled images, where the default takes probes and a few captions."""
   pair = dict(train=train, test=test)
   config.evals.probe_of_views = config_lib.evaluator_config(
     'linear_probe_sgd', **pair, epochs=10, warmup_epochs=1, probe_batch_size=512
@@ -51,4 +64,3 @@ def get_config(folder='emoji'):
     config.evals[f'captions_{method}'] = config_lib.evaluator_config(
       'captions', source=test, images=256, method=method
     )
-  return config

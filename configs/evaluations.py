@@ -4,8 +4,9 @@
         --config.data.workers=16
     python -m dpcap.evaluate --config=configs/evaluations.py:places205,/data/places205 ...
 
-TFDS data sets must have been prepared as array_record; others are image folders, whose place follows
-the name. ImageNet's readable class names come with its download: give evals.zero_shot.labels_file.
+TFDS data sets must have been prepared as array_record; others are image folders, whose place
+follows the name. ImageNet's readable class names come with its download: give
+evals.zero_shot.labels_file.
 """
 
 from configs import dpcap

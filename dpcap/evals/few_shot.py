@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dpcap import data
 from dpcap.data.source import BadRecord
@@ -139,7 +139,7 @@ def _interval(values: Sequence[float], n: int) -> tuple[float, float]:
   if len(values) == 1:
     return wilson_interval(values[0], n)
   mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
-  half = float(stats.t.ppf(0.975, len(values) - 1) * error)
+  half = float(special.stdtrit(len(values) - 1, 0.975) * error)
   return max(0.0, float(mean) - half), min(1.0, float(mean) + half)
 
 

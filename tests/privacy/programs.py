@@ -84,6 +84,7 @@ def program(build, strategy, dtype, in_haste=True) -> Program:
 AT_LEISURE = {
   'xla_backend_optimization_level': 3,
   'xla_llvm_disable_expensive_passes': False,
+  'xla_cpu_use_fusion_emitters': True,
 }
 
 
@@ -94,6 +95,7 @@ def haste():
     'xla_backend_optimization_level': 0,
     'xla_llvm_disable_expensive_passes': True,
     'xla_cpu_use_fusion_emitters': False,
+    'xla_cpu_parallel_codegen_split_count': 1,
   }
 
   def is_known(name):

@@ -80,7 +80,9 @@ def test_what_a_device_sends():
 
 
 def test_the_program_prints_a_plan(program):
-  arguments = '--config=tests/tiny.py --chip=v4 --devices=8 --hosts=2'.split()
+  arguments = (
+    '--config=tests/tiny.py --chip=v4 --devices=8 --hosts=2 --config.privacy.clipping=vmap'.split()
+  )
   out, err = program('tools.plan', *arguments, '--json').communicate(timeout=120)
   plan = json.loads(out)
   assert plan['fits'] and plan['physical_batches'] == 1
