@@ -32,8 +32,9 @@ def main() -> None:
   checkpoint = find_checkpoint(config.checkpoint, workdir)
   evaluations = Evaluations(config)
   folder = workdir / 'evals'
-  variables = evaluations.restore(checkpoint)
-  results = evaluations.run(variables, str(checkpoint), folder, cache=folder / 'cache')
+  with processes.end_together():
+    variables = evaluations.restore(checkpoint)
+    results = evaluations.run(variables, str(checkpoint), folder, cache=folder / 'cache')
   if processes.is_main():
     table.show(results)
 

@@ -2,11 +2,13 @@
 
 from dpcap.data.byte_ranges import StoreError
 from dpcap.data.catalogue import DATASETS, Dataset, find_dataset, readable
+from dpcap.data.epochs import AugmentedBatches
 from dpcap.data.image import normalize
 from dpcap.data.image_folder import ImageFolder
 from dpcap.data.pipeline import (
   WORKER_TIMEOUT_S,
   EvaluationBatches,
+  EveryNth,
   Examples,
   LogicalBatches,
   Transform,
@@ -22,9 +24,11 @@ from dpcap.data.tfds_source import TfdsSource
 from dpcap.errors import UserError
 
 __all__ = [
+  'AugmentedBatches',
   'DATASETS',
   'Dataset',
   'EvaluationBatches',
+  'EveryNth',
   'Examples',
   'ImageFolder',
   'LogicalBatches',

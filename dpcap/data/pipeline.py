@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -347,3 +347,18 @@ class EvaluationBatches:
       except BadRecord:
         continue
     return LabelledImages(images, labels, np.array(indices))
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryNth:
+  """Of `batches` the number `first`, `first + n`, ... (for `data.iterate`)."""
+
+  batches: Sequence[Any]
+  n: int
+  first: int
+
+  def __len__(self) -> int:
+    return len(range(self.first, len(self.batches), self.n))
+
+  def __getitem__(self, element: int) -> Any:
+    return self.batches[self.first + int(element) * self.n]

@@ -34,7 +34,7 @@ def each(
     start: the first batch.
   """
   count, index = jax.process_count(), jax.process_index()
-  mine = data.iterate(_EveryNth(batches, count, start + index), 0, subject.workers)
+  mine = data.iterate(data.EveryNth(batches, count, start + index), 0, subject.workers)
   with contextlib.closing(mine):
     rounds = range(start, len(batches), count)
     for first in track(title, rounds, len(rounds)):
@@ -57,19 +57,6 @@ def spread(array: np.ndarray, size: int) -> jax.Array:
   filled = np.zeros((rows, *array.shape[1:]), array.dtype)
   filled[: len(array)] = array
   return jax.device_put(filled, NamedSharding(Mesh(devices, 'batch'), PartitionSpec('batch')))
-
-
-class _EveryNth:
-  """Of `batches` the number `first`, `first + n`, ... (for `data.iterate`)."""
-
-  def __init__(self, batches: Sequence[Any], n: int, first: int):
-    self._batches, self._n, self._first = batches, n, first
-
-  def __len__(self) -> int:
-    return len(range(self._first, len(self._batches), self._n))
-
-  def __getitem__(self, element: int) -> Any:
-    return self._batches[self._first + int(element) * self._n]
 
 
 def exchange(answer: Any) -> list[Any]:

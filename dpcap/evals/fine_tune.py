@@ -21,7 +21,6 @@ from dpcap.evals import batches as batches_lib
 from dpcap.evals import features as features_lib
 from dpcap.evals.accuracy import top1
 from dpcap.evals.subject import Result, Subject
-from dpcap.evals.views import AugmentedBatches
 
 PyTree = Any
 
@@ -69,7 +68,7 @@ def evaluate(
   size = min(train_batch_size, len(source))
   transform = dataclasses.replace(subject.transform, crop_scale=_CROP_SCALE, flip=True)
   numbers = tuple(range(len(source)))
-  views = AugmentedBatches(source, transform, numbers, size, min(batch_size, size), epochs)
+  views = data.AugmentedBatches(source, transform, numbers, size, min(batch_size, size), epochs)
 
   variables = subject.variables
   tuned = {name: variables['params'][name] for name in ('encoder', 'memory_projection')}

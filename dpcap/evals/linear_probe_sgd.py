@@ -19,7 +19,6 @@ from dpcap.evals import batches as batches_lib
 from dpcap.evals import features as features_lib
 from dpcap.evals.accuracy import top1
 from dpcap.evals.subject import Result, Subject
-from dpcap.evals.views import AugmentedBatches
 
 OPTIMIZERS = ('lars', 'sgd')
 _CROP_SCALE = (0.08, 1.0)
@@ -231,7 +230,7 @@ def _augmented(subject, source, train, places, size, epochs, batch_size):
   """Features of new views of the images."""
   transform = dataclasses.replace(subject.transform, crop_scale=_CROP_SCALE, flip=True)
   numbers = tuple(train.numbers[places].tolist())
-  views = AugmentedBatches(source, transform, numbers, size, batch_size, epochs)
+  views = data.AugmentedBatches(source, transform, numbers, size, batch_size, epochs)
   embed = jax.jit(
     lambda variables, images: subject.model.apply(
       variables, data.normalize(images), method='features'

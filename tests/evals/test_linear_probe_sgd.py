@@ -9,7 +9,6 @@ import pytest
 
 from dpcap import data
 from dpcap.evals import linear_probe_sgd
-from dpcap.evals.views import AugmentedBatches
 
 TRAIN, TEST = dict(split='validation', size=70), dict(split='test', size=30)
 
@@ -61,7 +60,7 @@ def test_views_are_new_in_every_epoch_and_cover_the_images_once(subject):
   source = subject.make_source(TRAIN)
   transform = dataclasses.replace(subject.transform, crop_scale=(0.08, 1.0), flip=True)
   numbers = tuple(range(0, 40, 2))
-  views = AugmentedBatches(source, transform, numbers, batch_size=9, at_once=4, epochs=2)
+  views = data.AugmentedBatches(source, transform, numbers, batch_size=9, at_once=4, epochs=2)
   assert views.per_epoch == 2 and views.parts == 3 and len(views) == 12
   elements = [views[i] for i in range(12)]
   assert [len(e.labels) for e in elements[:3]] == [4, 4, 1]

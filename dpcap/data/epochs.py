@@ -5,9 +5,8 @@ import math
 
 import numpy as np
 
-from dpcap import data
-from dpcap.data.pipeline import LabelledImages
-from dpcap.data.source import BadRecord
+from dpcap.data.pipeline import LabelledImages, Transform
+from dpcap.data.source import BadRecord, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +26,8 @@ class AugmentedBatches:
     seed: of order and crops; public, for the images are.
   """
 
-  source: data.Source
-  transform: data.Transform
+  source: Source
+  transform: Transform
   numbers: tuple[int, ...]
   batch_size: int
   at_once: int
