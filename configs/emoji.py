@@ -48,10 +48,21 @@ def add_evaluations(config, train, test):
   """All that work on labelled images, where the default takes probes and a few captions."""
   pair = dict(train=train, test=test)
   config.evals.probe_of_views = config_lib.evaluator_config(
-    'linear_probe_sgd', **pair, epochs=10, warmup_epochs=1, probe_batch_size=512
+    'linear_probe_sgd',
+    **pair,
+    epochs=10,
+    warmup_epochs=1,
+    base_learning_rates=(0.1, 1.0, 10.0),
+    probe_batch_size=512,
   )
   config.evals.fine_tuned = config_lib.evaluator_config(
-    'fine_tune', **pair, epochs=3, warmup_epochs=1, train_batch_size=256, base_learning_rate=1e-3
+    'fine_tune',
+    **pair,
+    epochs=8,
+    warmup_epochs=1,
+    base_learning_rate=4e-3,
+    layer_decay=0.9,
+    train_batch_size=128,
   )
   config.evals.private_probe = config_lib.evaluator_config('private_probe', **pair)
   config.evals.few_shot = config_lib.evaluator_config('few_shot', **pair)
