@@ -73,12 +73,14 @@ def _tag(text):
 def test_shuffles_move_what_they_say():
   words = 'a small red ring left of a large blue square above'.split()
   parts = [part for _, part in _tag(' '.join(words))]
+  moved = set()
   for _ in range(10):
     first, second, within, threes = (
       text.split() for text in aro.shuffles(' '.join(words), _tag, np.random.default_rng())
     )
     assert all(text != words for text in (first, second, within, threes))
     assert [part for _, part in _tag(' '.join(first))] == parts
+    moved |= {part for word, new, part in zip(words, first, parts) if word != new}
     assert [w for w, part in _tag(' '.join(first)) if not part] == [
       w for w, part in zip(words, parts) if not part
     ]
@@ -88,6 +90,7 @@ def test_shuffles_move_what_they_say():
     cut = lambda text: [tuple(text[i : i + 3]) for i in range(0, len(text), 3)]
     assert [sorted(three) for three in cut(within)] == [sorted(three) for three in cut(words)]
     assert all(' '.join(three) in ' '.join(threes) for three in cut(words))
+  assert moved == {'noun', 'adjective'}
 
 
 @pytest.mark.parametrize('text', ['a red ring', 'red red red red ring of a', ''])

@@ -94,6 +94,19 @@ def test_other_data_labels_kinds_and_sizes_are_computed_anew(subject, tmp_path, 
     assert len(computed) > before, change
 
 
+def test_other_names_of_the_labels_are_computed_anew(subject, tmp_path, computed):
+  """Records may be the same where labels are not: tar shards, read by another key."""
+
+  class Renamed(data.Scenes):
+    fingerprint = 'the same'
+
+  for label in ('color', 'shape'):
+    source = Renamed(image_size=16, **SECTION, label=label)
+    found = features.extract(subject._replace(cache=tmp_path), source, 'pixels', 4)
+    assert found.labels.tolist() == [source[i]['label'] for i in range(23)]
+  assert len(computed) == 12
+
+
 def test_other_parameters_are_computed_anew(subject, tmp_path):
   first = extract(subject, tmp_path, kind='model')
   projection = subject.variables['params']['memory_projection']

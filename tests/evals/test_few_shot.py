@@ -68,15 +68,17 @@ def test_accuracy_by_shots(subject):
     assert entry['value'] == pytest.approx(np.mean(entry['draws']))
     assert low <= entry['value'] <= high
   assert result.value == shots['3']['value'] and result.details['interval95'] is not None
-  # One draw, by hand.
+  # One draw, by hand; the one with fewer shots is its beginning.
   source, judged = data.Scenes(image_size=16, **TRAIN), data.Scenes(image_size=16, **TEST)
   pixels = lambda s, numbers: np.array([data.normalize(s[i]['image']).ravel() for i in numbers])
-  chosen = few_shot.draw_shots(subject, source, 3, 1)
-  x = few_shot.normalise(pixels(source, chosen.ravel()))
-  weights = few_shot.fit(x, np.repeat(np.arange(8), 3))
-  scores = few_shot.normalise(pixels(judged, range(60))) @ jax.device_get(weights['w'])
   labels = np.array([judged[i]['label'] for i in range(60)])
-  assert shots['3']['draws'][1] == pytest.approx(np.mean(scores.argmax(1) == labels), abs=0.02)
+  for k in (1, 3):
+    chosen = few_shot.draw_shots(subject, source, 3, 1)[:, :k]
+    x = few_shot.normalise(pixels(source, chosen.ravel()))
+    weights = few_shot.fit(x, np.repeat(np.arange(8), k))
+    scores = few_shot.normalise(pixels(judged, range(60))) @ jax.device_get(weights['w'])
+    right = np.mean(scores.argmax(1) == labels)
+    assert shots[str(k)]['draws'][1] == pytest.approx(right, abs=0.02)
 
 
 def test_students_interval():
