@@ -101,7 +101,7 @@ def test_missing_key_is_named():
 def test_fixed_part_holds_what_bears_on_the_computation():
   config = tiny.get_config()
   fixed = config_lib.fixed_part(config_lib.to_json(config))
-  assert fixed['privacy.noise_multiplier'] == 1.0 and fixed['data.source.size'] == 400
+  assert fixed['privacy.noise_multiplier'] == 4.0 and fixed['data.source.size'] == 400
   for free in ('data.workers', 'train.log_every', 'mesh.physical_batch'):
     assert free not in fixed
   assert json.loads(config_lib.to_json(config))['model']['size'] == 'micro'

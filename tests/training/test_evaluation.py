@@ -92,7 +92,7 @@ def _every_evaluator(folder):
     'linear_probe': pair,
     'linear_probe_sgd': pair | few | dict(probe_batch_size=32),
     'fine_tune': pair | few | dict(train_batch_size=32),
-    'private_probe': pair | dict(epsilon=0.5, expected_batch_size=20, steps=2),
+    'private_probe': pair | dict(epsilon=0.1, expected_batch_size=20, steps=2),
     'few_shot': pair | dict(shots=(1, 2), draws=2),
     'knn': pair | dict(k=3),
     'retrieval': dict(source=test),
