@@ -62,18 +62,19 @@ from dpcap.privacy.accounting import ACCOUNTANTS
 from dpcap.privacy.clip_functions import CLIP_FUNCTIONS, Automatic, Clip, ClipFunction
 from dpcap.privacy.clipping import (
   CLIPPING_STRATEGIES,
-  ClippedSum,
   choose_strategy,
   clipped_sum,
   plain_sum,
 )
 from dpcap.privacy.clipping_check import ClippingMismatch, check_clipping
+from dpcap.privacy.contributions import ClippedSum
 from dpcap.privacy.keys import Keys, KeyStore
 from dpcap.privacy.mechanisms import MECHANISMS
 from dpcap.privacy.plan import PrivacyPlan, calibrate
 from dpcap.privacy.sampling import SAMPLERS
 from dpcap.privacy.statement import make_statement, statement_text
 from dpcap.privacy.summation import RunningSum, running_sum
+from dpcap.privacy.tracing import MixedExamplesError
 from dpcap.privacy.uses import ClippingFallbackWarning
 
 __all__ = [
@@ -89,6 +90,7 @@ __all__ = [
   'Keys',
   'KeyStore',
   'MECHANISMS',
+  'MixedExamplesError',
   'PrivacyPlan',
   'RunningSum',
   'SAMPLERS',

@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 
 
+# Beside a smaller one, gradients count whose squares vanish in float32.
+SMALLEST_GAMMA = 1e-12
+
+
 class ClipFunction(Protocol):
   """The interface; see the module docstring."""
 
@@ -41,17 +45,19 @@ class Automatic:
   gamma is. Sensitivity C, never reached. Source: arXiv 2206.07136, equation 4.1.
 
   Attributes:
-    gamma: positive, in units of the gradient's norm.
+    gamma: at least SMALLEST_GAMMA, in units of the gradient's norm.
 
   Raises:
-    ValueError: if gamma is not positive and finite.
+    ValueError: if gamma is smaller, or not finite.
   """
 
   gamma: float = 0.01
 
   def __post_init__(self):
-    if not 0 < self.gamma < float('inf'):
-      raise ValueError(f'gamma is {self.gamma}; it must be positive and finite')
+    if not SMALLEST_GAMMA <= self.gamma < float('inf'):
+      raise ValueError(
+        f'gamma is {self.gamma}; it must be finite and at least {SMALLEST_GAMMA}'
+      )
 
   def __call__(self, norms: jax.Array, clip_norm: float) -> jax.Array:
     # Past the largest float, times a gradient of zeros, it would be NaN.

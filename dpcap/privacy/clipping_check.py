@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpcap.privacy.clip_functions import Clip, ClipFunction
@@ -29,6 +30,8 @@ def check_clipping(
 ) -> float:
   """Refuses a strategy whose norms or clipped sums on `batch` are not those of vmap.
 
+  And a loss that takes something from the other examples of a batch.
+
   A few synthetic examples of the real shapes will do. Costs one compilation and one step of
   vmap on them.
 
@@ -51,6 +54,9 @@ def check_clipping(
     return run(strategy), run('vmap')
 
   actual, expected = jax.device_get(both(params, batch))
+  # The first example among copies of itself, in place of the others.
+  copies = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], jnp.shape(x)), batch)
+  by_itself, _ = jax.device_get(both(params, copies))
   if not np.all(np.isfinite(expected.norms)):
     raise ClippingMismatch(f'vmap gives norms {expected.norms} on synthetic examples')
   flat = lambda tree: jax.tree_util.tree_leaves_with_path(tree)
@@ -64,6 +70,13 @@ def check_clipping(
   # Not Python's max, which can lose a NaN.
   difference = float(np.maximum(norms, np.linalg.norm(list(errors.values())) / max(total, tiny)))
   allowed = _LOW_PRECISION_TOLERANCE if low_precision else _TOLERANCE
+  for name in ('losses', 'norms'):
+    here, there = getattr(actual, name)[0], getattr(by_itself, name)[0]
+    if not abs(here - there) <= allowed * abs(here):
+      raise ClippingMismatch(
+        f'{name} of an example change with its company, {here:g} among others and {there:g} among'
+        ' copies of itself: the loss mixes examples, which no clipping makes private'
+      )
   if not difference <= allowed:
     worst = max(errors, key=errors.get)
     raise ClippingMismatch(

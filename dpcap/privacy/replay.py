@@ -7,7 +7,8 @@ import jax
 from jax.extend import core
 from jax.extend.core import primitives as p
 
-from dpcap.privacy.uses import CALLS, Path, Site, Uses, open_jaxpr, scan_operands
+from dpcap.privacy.jax_internals import CALLS, bind_again, open_jaxpr, scan_operands
+from dpcap.privacy.uses import Path, Site, Uses
 
 # (site, x, w, slot or None) -> (output of the equation, what to record or None).
 AtSite = Callable[[Site, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -63,12 +64,7 @@ def _replay(
       enter = _scan if eqn.primitive is p.scan_p else _call
       outs, recorded = enter(uses, at_site, eqn, ins, here, inner)
     else:
-      params = eqn.primitive.get_bind_params(eqn.params)
-      # Settings of its own, such as where to compute it, and its place in the model for profiles.
-      with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack) or '.'):
-        outs, recorded = eqn.primitive.bind(*ins, **params), {}
-      if not eqn.primitive.multiple_results:
-        outs = [outs]
+      outs, recorded = bind_again(eqn, ins), {}
     env.update(zip(eqn.outvars, outs, strict=True))
     records |= recorded
   return [read(v) for v in jaxpr.outvars], records

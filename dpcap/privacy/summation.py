@@ -1,9 +1,8 @@
-"""Running sums that do not lose small terms (Kahan 1965).
+"""Running sums that do not lose small terms (Knuth's TwoSum, as in Ogita, Rump and Oishi 2005).
 
 A logical batch of 1.3 million examples in physical batches of 16 is 80,000 terms. Added one
 by one in float32, each addition rounds relative to the sum so far, which is thousands of
-times the term. A compensated sum keeps what each addition lost and gives it to the next:
-its error stays at one rounding of the result, whatever the number of terms.
+times the term. This sum keeps exactly what each addition lost, and adds up these rests.
 """
 
 from typing import Any, NamedTuple
@@ -15,26 +14,39 @@ PyTree = Any
 
 
 class RunningSum(NamedTuple):
-  """A sum so far: `total - excess`, two trees like its terms.
+  """A sum so far: `total + rest`, two trees like its terms.
+
+  Claim: of n terms whose exact sum is s, `value()` is off by at most
+
+      u |s| + gamma(n)^2 sum |terms|,
+
+  u the unit roundoff and gamma(n) = n u / (1 - n u) (Ogita, Rump and Oishi, Accurate Sum and Dot Product,
+  SIAM J. Sci. Comput. 26(6), 2005, proposition 4.5): one rounding of the result, unless terms cancel
+  to less than 1e-8 of their size. For n < 1e6, and where no partial sum is past the largest float.
 
   Attributes:
     total: the rounded sum.
-    excess: what `total` has too much.
+    rest: the sum of all that rounding took from it.
   """
 
   total: PyTree
-  excess: PyTree
+  rest: PyTree
 
   def add(self, term: PyTree) -> 'RunningSum':
     """The sum with `term`, a tree like it, added."""
-    corrected = jax.tree.map(jnp.subtract, term, self.excess)
-    total = jax.tree.map(jnp.add, self.total, corrected)
-    excess = jax.tree.map(lambda new, old, t: (new - old) - t, total, self.total, corrected)
-    return RunningSum(total, excess)
+    total = jax.tree.map(jnp.add, self.total, term)
+    return RunningSum(total, jax.tree.map(_rest, self.rest, self.total, term, total))
 
   def value(self) -> PyTree:
-    """The sum. What it has too much is less than its last digit."""
-    return self.total
+    """The sum."""
+    return jax.tree.map(jnp.add, self.total, self.rest)
+
+
+def _rest(rest: jax.Array, a: jax.Array, b: jax.Array, total: jax.Array) -> jax.Array:
+  """`rest`, and what `total`, the rounded a + b, lost: exact, whichever of the two is larger."""
+  from_b = total - a
+  from_a = total - from_b
+  return rest + ((a - from_a) + (b - from_b))
 
 
 def running_sum(like: PyTree) -> RunningSum:

@@ -7,7 +7,7 @@ parameter's per-example gradient is a sum over tokens of outer products,
 
     A^T G,   A: what the site was fed (tokens x inputs),  G: its output's gradient,
 
-and needs never be formed (`factored.py`). A parameter that meets examples in any other way
+and needs never be formed (`outer_products.py`). A parameter that meets examples in any other way
 is *direct*: differentiated for each example by itself. That is the right way for biases,
 scales and lone parameters, and exact for all, but holds one gradient per example; for a
 parameter that is not only added, multiplied or the like it is a fallback and warned of.
@@ -16,7 +16,7 @@ parameter that is not only added, multiplied or the like it is a fallback and wa
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives as p
+
+from dpcap.privacy.jax_internals import CALLS, open_jaxpr, scan_operands
 
 PyTree = Any
 Path = tuple[int, ...]  # of an equation: its index, and those of the equations it is nested in
@@ -140,12 +142,13 @@ class Uses(NamedTuple):
   remat: bool
 
 
-def find_uses(loss_fn: Callable, params: PyTree, example: PyTree) -> Uses:
-  """Traces `loss_fn(params, example) -> scalar` and finds how each parameter is used.
+def find_uses(jaxpr: core.ClosedJaxpr, params: PyTree, warn: bool = True) -> Uses:
+  """Finds how the trace of a loss, of `tracing.trace_loss`, uses each parameter.
 
-  Warns once (ClippingFallbackWarning), naming all parameters that fall back.
+  Warns once (ClippingFallbackWarning), naming all parameters that fall back, if `warn`.
   """
-  jaxpr = jax.make_jaxpr(loss_fn)(params, example)
+  struct = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+  params = jax.tree.map(struct, params)
   named = jax.tree_util.tree_leaves_with_path(params)
   reasons: dict[int, str | None] = {}  # why a parameter is direct; None: naturally
   # A parameter without entries has no gradient to factor.
@@ -171,7 +174,7 @@ def find_uses(loss_fn: Callable, params: PyTree, example: PyTree) -> Uses:
     for i, (path, leaf) in enumerate(named)
     if reasons.get(i) is not None
   ]
-  if fallbacks:
+  if fallbacks and warn:
     warnings.warn(
       'clipped by vmap, which holds the gradient of each example (exact, but slow and large): '
       + '; '.join(fallbacks),
@@ -190,9 +193,6 @@ def find_uses(loss_fn: Callable, params: PyTree, example: PyTree) -> Uses:
   )
 
 
-# Calls whose body is visited as if it stood in place, and the parameter that holds it.
-CALLS = {p.jit_p: 'jaxpr', p.remat_p: 'jaxpr', p.closed_call_p: 'call_jaxpr'}
-
 # Selections of a parameter's entries: each entry at most once.
 _SELECTIONS = (p.reshape_p, p.transpose_p, p.squeeze_p, p.slice_p, p.rev_p, p.broadcast_in_dim_p)
 
@@ -204,20 +204,6 @@ _ELEMENTWISE = {
 
 # Comparing all entries of larger parameters would take long; their uses count as overlapping.
 _LARGEST_COMPARED = 2**24
-
-
-def open_jaxpr(jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
-  """The jaxpr and its constants; equations hold them with and without."""
-  return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())
-
-
-def scan_operands(eqn: core.JaxprEqn) -> tuple[int, int]:
-  """Of a scan: how many operands are the same in all iterations, and how many are carried."""
-  if 'num_consts' in eqn.params:
-    return eqn.params['num_consts'], eqn.params['num_carry']
-  # From jax 0.11 on.
-  consts, carry, _ = eqn.params['ft_in'].update(list(range(len(eqn.invars)))).unpack()
-  return len(list(consts)), len(list(carry))
 
 
 class _Search:
@@ -363,7 +349,7 @@ def _parts(shape: tuple[int, ...], *, sizes: tuple[int, ...], axis: int):
 
 
 def _site(eqn, ins: list, path: Path) -> Site | None:
-  """The equation as a site, if it is one that `factored.py` knows."""
+  """The equation as a site, if it is one that `outer_products.py` knows."""
   views = [i for i, s in enumerate(ins) if isinstance(s, View)]
   if len(ins) != 2 or len(views) != 1 or EXAMPLE not in ins:
     return None

@@ -185,7 +185,7 @@ def make_step(
       batch, used = jax.tree.map(lambda x: x[i], (examples, mask))
       out = gradient_sum(frozen, params, batch, used)
       finite_norm = jnp.where(jnp.isfinite(out.norms), out.norms, 0.0)
-      unusable = ~jnp.isfinite(out.norms if plan.private else out.losses)
+      unusable = out.factors == 0
       return Accumulator(
         sum=acc.sum.add(out.sum),
         examples=acc.examples + jnp.sum(used),

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 from dpcap import privacy
-from dpcap.privacy import factored
+from dpcap.privacy import outer_products
 from tests.privacy import zoo
 from tests.privacy.programs import (
   AT_LEISURE,
@@ -281,7 +281,7 @@ def test_temporaries_in_blocks_change_nothing(rng, monkeypatch, name, limit, str
   batch, mask = build().make_batch(rng, BATCH), random_mask(rng)
   scale = half_clipped(build, np.float64, batch, mask)
   expected = program(build, 'vmap', np.float64).call(batch, mask, scale)
-  monkeypatch.setattr(factored, 'MAX_TEMPORARY_BYTES', limit)
+  monkeypatch.setattr(outer_products, 'MAX_TEMPORARY_BYTES', limit)
   with jax.enable_x64(True):
     loss_fn = lambda params, example: scale * build().loss_fn(params, example)
     jitted = jax.jit(

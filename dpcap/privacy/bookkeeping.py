@@ -1,0 +1,81 @@
+"""Clipping by one backward pass that keeps what norms and sums are made of.
+
+Source: Bu et al. 2022, Differentially Private Optimization on Large Model at Small Cost, arXiv
+2210.00038, algorithm 1.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dpcap.privacy.contributions import (
+  ClippedSum,
+  repeated,
+  unflattened,
+  weighted,
+  without_unusable,
+)
+from dpcap.privacy.kept_sites import factor_norms, keep_sites
+from dpcap.privacy.replay import replay
+from dpcap.privacy.uses import Path, Site, find_uses
+
+
+def bookkeeping(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
+  """The clipped sum, by the strategy `bookkeeping`; arguments are `clipping.Strategy`'s."""
+  del loss_fn
+  uses = find_uses(jaxpr, params)
+  leaves, treedef = jax.tree.flatten(params)
+
+  def attempt(batch, mask) -> ClippedSum:
+    size = mask.shape[0]
+
+    def at_site(site, x, w, slot):
+      return tap(site.apply(x, w), slot), x
+
+    def loss_of_one(direct, slots, example):
+      mixed = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
+      return replay(uses, mixed, example, slots, at_site)
+
+    # Forward and backward: the gradients of slots are those of the sites' outputs.
+    axes = batch_axes(uses.sites)
+    losses_of = jax.vmap(loss_of_one, (0, axes, 0), (0, axes))
+    direct = {i: repeated(leaves[i], size) for i in uses.direct}
+    slots = {at: make_slot(site, size) for at, site in uses.sites.items()}
+    losses, backward, xs = jax.vjp(
+      lambda direct, slots: losses_of(direct, slots, batch), direct, slots, has_aux=True
+    )
+    direct_grads, gs = backward(jnp.ones_like(losses))
+
+    # Norms.
+    direct_grads = jax.tree.map(jax.lax.optimization_barrier, direct_grads)
+    sites = keep_sites(uses.groups, xs, gs)
+    exact = [*direct_grads.values(), *(g for _, g in sites.formed)]
+    norms, bounds = factor_norms(size, exact, sites.squared_norms())
+    factors = jnp.where(mask, factor_of(bounds), 0.0)
+
+    # The sum.
+    sums = {i: weighted(factors, grads) for i, grads in direct_grads.items()}
+    sites.add_weighted(sums, factors, leaves)
+    return ClippedSum(unflattened(treedef, leaves, sums), norms, factors, losses)
+
+  return without_unusable(attempt, batch, mask)
+
+
+@jax.custom_vjp
+def tap(y: jax.Array, slot: jax.Array) -> jax.Array:
+  """`y`; its gradient comes out as the gradient of `slot` too."""
+  del slot
+  return y
+
+
+tap.defvjp(lambda y, slot: (y, None), lambda _, g: (g, g))
+
+
+def batch_axes(sites: dict[Path, Site]) -> dict[Path, int]:
+  """Of arrays of a site: they carry its loops before the batch."""
+  return {at: len(site.view.loops) for at, site in sites.items()}
+
+
+def make_slot(site: Site, size: int) -> jax.Array:
+  """What `tap` leaves the gradients of a site's output in: (loops..., B, ...)."""
+  y = site.eqn.outvars[0].aval
+  return jnp.zeros([*(loop.length for loop in site.view.loops), size, *y.shape], y.dtype)

@@ -1,0 +1,213 @@
+"""Clipping by two backward passes, one for the norms and one for the sum.
+
+Norms are taken inside the first pass, as soon as a site has its output's gradient, so that
+nothing is kept beyond what a plain step keeps, remat included. In the second pass each site weighs its
+examples by their factors. Both passes are one compiled loop body that runs twice, from the same
+cotangents: compiled twice, or with the losses weighed instead, the backward pass rounds
+otherwise, and where a gradient is a small rest of large terms the sum would be of other gradients than
+the norms.
+
+Parameters with several uses need the gradients of all at once: those are kept, as in `bookkeeping`.
+Source: Li et al. 2021, Large Language Models Can Be Strong Differentially Private Learners, arXiv
+2110.05679, section 4.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpcap.privacy import norms, outer_products
+from dpcap.privacy.bookkeeping import batch_axes, make_slot, tap
+from dpcap.privacy.contributions import (
+  ClippedSum,
+  repeated,
+  unflattened,
+  weighted,
+  without_unusable,
+)
+from dpcap.privacy.kept_sites import factor_norms, keep_sites
+from dpcap.privacy.norms import SquaredNorm
+from dpcap.privacy.replay import replay
+from dpcap.privacy.rounding import at_least_float32, gamma, sum_of_squares, tree_depth
+from dpcap.privacy.uses import Site, View, find_uses
+
+PyTree = Any
+
+
+# Told to the sites in place of factors, which are not negative: to take norms.
+_NORMS = -1.0
+
+
+class _Passes(NamedTuple):
+  """What the backward passes hand on.
+
+  Attributes:
+    done: how many there were.
+    norms, factors: (B,), known after the first.
+    sum: known after the second.
+  """
+
+  done: jax.Array
+  norms: jax.Array
+  factors: jax.Array
+  sum: PyTree
+
+
+def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
+  """The clipped sum, by the strategy `ghost`; arguments are `clipping.Strategy`'s."""
+  del loss_fn
+  uses = find_uses(jaxpr, params)
+  leaves, treedef = jax.tree.flatten(params)
+  # A site alone, whose loops all slice its parameter, overlaps with nothing else.
+  is_alone = lambda group: len(group) == 1 and all(loop.sliced for loop in group[0].view.loops)
+  alone = {group[0].path for group in uses.groups if is_alone(group)}
+  kept_groups = [group for group in uses.groups if not is_alone(group)]
+  kept = {site.path: site for group in kept_groups for site in group}
+  by_passes = {site.view.leaf for at, site in uses.sites.items() if at in alone}
+  dtype = functools.reduce(jnp.promote_types, map(jnp.result_type, leaves), jnp.float32)
+
+  def attempt(batch, mask) -> ClippedSum:
+    size = mask.shape[0]
+
+    def loss_of_one(shared, direct, slots, squared_norm, example):
+      def at_site(site, x, w, slot):
+        if site.path in alone:
+          y, weight = _observed(site)(x, w, squared_norm)
+          return y, (weight, None)
+        return tap(site.apply(x, jax.lax.stop_gradient(w)), slot), (None, x)
+
+      mixed = [shared.get(i, direct.get(i, leaf)) for i, leaf in enumerate(leaves)]
+      return replay(uses, mixed, example, slots, at_site)
+
+    def forward(*taken):
+      axes = batch_axes(uses.sites)
+      losses_of = jax.vmap(loss_of_one, (None, 0, batch_axes(kept), 0, 0), (0, axes))
+      losses, records = losses_of(*taken, batch)
+      weights = {at: records[at][0] for at in alone}
+      return (losses, weights), {at: records[at][1] for at in kept}
+
+    (losses, weights), backward, xs = jax.vjp(
+      forward,
+      # In float32, and cast where they are used: so are their gradients.
+      {i: at_least_float32(leaves[i]) for i in by_passes},
+      {i: repeated(leaves[i], size) for i in uses.direct},
+      {at: make_slot(site, size) for at, site in kept.items()},
+      SquaredNorm(*(jnp.zeros(size, dtype) for _ in SquaredNorm._fields)),
+      has_aux=True,
+    )
+
+    def one_pass(state: _Passes) -> _Passes:
+      first = state.done == 0
+      # Ones in either pass. That they depend on the state keeps XLA from taking what is
+      # the same in both out of the loop, which would keep all gradients.
+      seeds = jnp.where(state.factors >= 0, jnp.ones_like(losses), 0)
+      told = jnp.where(first, _NORMS, state.factors)
+      tell = lambda w: jnp.broadcast_to(told, w.shape).astype(w.dtype)
+      sums, direct_grads, gs, of_alone = backward((seeds, jax.tree.map(tell, weights)))
+      direct_grads = jax.tree.map(jax.lax.optimization_barrier, direct_grads)
+      sites = keep_sites(kept_groups, xs, gs)
+
+      def take_norms():
+        exact = [*direct_grads.values(), *(g for _, g in sites.formed)]
+        # Autodiff adds up the sites' squares in an order of its own.
+        added = gamma(len(alone), dtype) * of_alone.value
+        in_passes = of_alone._replace(error=of_alone.error + added)
+        norms_B, bounds = factor_norms(size, exact, [*sites.squared_norms(), in_passes])
+        factors = jnp.where(mask, factor_of(bounds), 0.0)
+        return state._replace(norms=norms_B, factors=factors)
+
+      def take_sums():
+        total = dict(sums)
+        for i, grads in direct_grads.items():
+          total[i] = weighted(state.factors, grads)
+        sites.add_weighted(total, state.factors, leaves)
+        return state._replace(sum=unflattened(treedef, leaves, total))
+
+      after = jax.lax.cond(first, take_norms, take_sums)
+      return after._replace(done=state.done + 1)
+
+    nothing = unflattened(treedef, leaves, {})
+    zeros = factor_norms(size, [], [])[0]
+    state = _Passes(jnp.zeros((), jnp.int32), zeros, jnp.where(mask, factor_of(zeros), 0.0), nothing)
+    # How often it runs is known at run time only: nothing is gained by unrolling it.
+    passes = jnp.where(jnp.any(mask), 2, 1)
+    state = jax.lax.while_loop(lambda state: state.done < passes, one_pass, state)
+    return ClippedSum(state.sum, state.norms, state.factors, losses)
+
+  return without_unusable(attempt, batch, mask)
+
+
+def _observed(site: Site) -> Callable:
+  """The site's equation (x, w, squared_norm) -> (y, weight) for one example, mapped over a batch.
+
+  Its backward pass does what autodiff would not:
+  - the gradient of `squared_norm` is that of the example's gradient of `w`;
+  - the gradient of `w` is summed with each example weighted by the gradient of the output
+    `weight` (itself 0), and in at least float32;
+  - only the first of the two is computed where that weight is negative, else only the second.
+
+  Autodiff sees one example at a time and the backward pass needs the batch: `custom_vmap` hands
+  the batch to a function with a backward pass of its own.
+  """
+  site = site._replace(view=View(site.view.leaf))  # here all scans are outside
+
+  @jax.custom_vjp
+  def on_batch(x_B, w, squared_norm):
+    del squared_norm
+    return jax.vmap(site.apply, (0, None))(x_B, w), jnp.zeros(x_B.shape[0], w.dtype)
+
+  def forward(x_B, w, squared_norm):
+    return on_batch(x_B, w, squared_norm), (x_B, w, squared_norm)
+
+  def backward(kept, gradients):
+    (x_B, w, squared_norm), (g_B, weights_B) = kept, gradients
+    if jnp.issubdtype(x_B.dtype, jnp.floating):
+      (dx_B,) = jax.vjp(lambda x_B: jax.vmap(site.apply, (0, None))(x_B, w), x_B)[1](g_B)
+    else:
+      dx_B = np.zeros(x_B.shape, jax.dtypes.float0)
+    x_B, g_B = outer_products.settled(x_B), outer_products.settled(g_B)
+    cast = lambda new, old: new.astype(old.dtype)
+    dw, squared = jax.lax.cond(
+      weights_B[0] < 0,
+      lambda: (jnp.zeros_like(w), jax.tree.map(cast, _squared_norm(site, x_B, g_B), squared_norm)),
+      lambda: (
+        _weighted_view(site, x_B, g_B, weights_B, w).astype(w.dtype),
+        jax.tree.map(jnp.zeros_like, squared_norm),
+      ),
+    )
+    return dx_B, dw, squared
+
+  on_batch.defvjp(forward, backward)
+
+  @jax.custom_batching.custom_vmap
+  def on_one(x, w, squared_norm):
+    del squared_norm
+    return site.apply(x, w), jnp.zeros((), w.dtype)
+
+  @on_one.def_vmap
+  def batched(axis_size, in_batched, x, w, squared_norm):
+    if not in_batched[0]:
+      x = repeated(x, axis_size)
+    return on_batch(x, w, squared_norm), (True, True)
+
+  return on_one
+
+
+def _squared_norm(site: Site, x_B: jax.Array, g_B: jax.Array) -> SquaredNorm:
+  if not outer_products.is_formed([site], [x_B], [g_B]):
+    return norms.squared_norm([site], [x_B], [g_B])
+  formed_B = outer_products.formed([site], [x_B], [g_B])
+  squares = sum_of_squares(formed_B)
+  error = gamma(1 + tree_depth(formed_B[0].size), squares.dtype) * squares
+  return SquaredNorm(squares, error, 0 * squares)
+
+
+def _weighted_view(site: Site, x_B, g_B, weights_B, w) -> jax.Array:
+  if not outer_products.is_formed([site], [x_B], [g_B]):
+    return outer_products.weighted_view(site, x_B, g_B, weights_B)
+  formed_B = outer_products.formed([site], [x_B], [g_B])
+  return outer_products.to_parameter(site, weighted(weights_B, formed_B), w)

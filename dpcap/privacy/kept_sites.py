@@ -1,0 +1,105 @@
+"""Norms and sums of sites whose inputs and output gradients are all at hand."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpcap.privacy import norms, outer_products
+from dpcap.privacy.contributions import weighted
+from dpcap.privacy.norms import SquaredNorm
+from dpcap.privacy.rounding import TINY, sum_in_pairs, sum_of_squares
+from dpcap.privacy.uses import Path, Site
+
+# How much of what rounding may add `factor_norms` leaves uncounted. The rest of ROUNDING_MARGIN
+# is for sums of squares whose terms meet up to 50 roundings, and a few roundings of a norm, its
+# factor and the weighted gradient.
+_UNCOUNTED = 8e-6
+
+
+class KeptSites(NamedTuple):
+  """A batch's gradients at the sites of some parameters, before they are weighed.
+
+  Attributes:
+    groups: of sites (`Uses.groups`), those that are not formed.
+    xs, gs: what each site was fed, and the gradients of its output; settled.
+    formed: site -> per-example gradients (B, ...) of the group that it stands for.
+  """
+
+  groups: list[tuple[Site, ...]]
+  xs: dict[Path, jax.Array]
+  gs: dict[Path, jax.Array]
+  formed: list[tuple[Site, jax.Array]]
+
+  def squared_norms(self) -> list[SquaredNorm]:
+    """Of what each group that is not formed adds to each example's gradient."""
+    return [norms.squared_norm(g, *_of_group(g, self.xs, self.gs)) for g in self.groups]
+
+  def add_weighted(
+    self, sums: dict[int, jax.Array], weights_B: jax.Array, leaves: Sequence[jax.Array]
+  ) -> None:
+    """Adds sum_b weights_b (gradient of example b), by parameter, to `sums`."""
+    terms = [
+      (site, outer_products.to_parameter(site, weighted(weights_B, g_B), leaves[site.view.leaf]))
+      for site, g_B in self.formed
+    ] + [
+      (
+        site,
+        outer_products.weighted_sum(
+          site, self.xs[site.path], self.gs[site.path], weights_B, leaves[site.view.leaf]
+        ),
+      )
+      for group in self.groups
+      for site in group
+    ]
+    for site, term in terms:
+      i = site.view.leaf
+      sums[i] = sums[i] + term if i in sums else term
+
+
+def keep_sites(
+  groups: Sequence[tuple[Site, ...]], xs: dict[Path, jax.Array], gs: dict[Path, jax.Array]
+) -> KeptSites:
+  """Forms the gradients that are smaller than what they are made of, keeps the rest as it is."""
+  xs = {at: outer_products.settled(x) for at, x in xs.items()}
+  gs = {at: outer_products.settled(g) for at, g in gs.items()}
+  unformed, formed = [], []
+  for group in groups:
+    arrays = _of_group(group, xs, gs)
+    if outer_products.is_formed(group, *arrays):
+      formed.append((group[0], outer_products.formed(group, *arrays)))
+    else:
+      unformed.append(group)
+  return KeptSites(unformed, xs, gs, formed)
+
+
+def factor_norms(
+  size: int, exact: Sequence[jax.Array], factored: Sequence[SquaredNorm]
+) -> tuple[jax.Array, jax.Array]:
+  """(B,) norms of whole gradients, and the norms that factors are computed from.
+
+  A gradient scaled by factor(second norm) contributes at most C (1 + ROUNDING_MARGIN): the
+  second is at least what is really summed, but for _UNCOUNTED of it.
+
+  Args:
+    size: B.
+    exact: per-example gradients (B, ...), summed as they are.
+    factored: of what was never formed.
+  """
+  squares = sum_in_pairs([jnp.zeros(size), *map(sum_of_squares, exact)])
+  # Squares below the smallest number may be lost.
+  lost = TINY * sum(g.size // size for g in exact)
+  if not factored:
+    return jnp.sqrt(squares), jnp.sqrt(squares + lost)
+  value, error, rounding = (sum_in_pairs(list(terms)) for terms in zip(*factored, strict=True))
+  # A Gram sum may fall below zero by rounding.
+  lengths = jnp.sqrt(jnp.maximum(value, 0) + squares)
+  most = jnp.sqrt(jnp.maximum(value + error, 0) + squares + lost) + jnp.sqrt(rounding)
+  most = jnp.maximum(lengths, most * (1 - _UNCOUNTED))
+  # Neither is finite where the other is not.
+  return jnp.where(jnp.isfinite(most), lengths, most), most
+
+
+def _of_group(group, xs, gs) -> tuple[list[jax.Array], list[jax.Array]]:
+  return [xs[site.path] for site in group], [gs[site.path] for site in group]

@@ -1,0 +1,85 @@
+"""Traces the loss of one example, and refuses what could see another one.
+
+Clipping bounds what one example does to the sum only if the gradient of an example is a
+function of that example alone. A loss is written for one example and mapped over the batch, which
+leaves three ways around it, all of them visible in its trace:
+
+- an axis that the caller named, as flax's BatchNorm with axis_name does: a collective over it
+  brings in the examples of other devices;
+- a batching rule of somebody's own (`jax.custom_batching.custom_vmap`), which gets the whole batch;
+- a call out of JAX (`pure_callback`, `io_callback`, `ffi_call`), unless it is made for one example after
+  the other (vmap_method='sequential').
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from dpcap.privacy import jax_internals
+
+PyTree = Any
+
+
+class MixedExamplesError(ValueError):
+  """The loss of one example could depend on others: clipping would bound nothing."""
+
+
+def trace_loss(
+  loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batch: PyTree
+) -> core.ClosedJaxpr:
+  """The trace of `loss_fn(params, example) -> scalar`: flat parameters, then the flat example.
+
+  Args:
+    loss_fn: of one example.
+    params: arrays or their shapes.
+    batch: of examples, arrays or their shapes, with the batch axis in front.
+
+  Raises:
+    MixedExamplesError: naming what could see other examples.
+    ValueError: inside shard_map with check_vma=True.
+  """
+  for leaf in jax.tree.leaves((params, batch)):
+    if jax_internals.varying_axes(leaf):
+      raise ValueError(
+        'clipping inside jax.shard_map needs shard_map(..., check_vma=False): the loss is traced'
+        ' before it is known to vary over devices'
+      )
+  struct = lambda first: (
+    lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[first:], jnp.result_type(x))
+  )
+  jaxpr = jax.make_jaxpr(loss_fn)(jax.tree.map(struct(0), params), jax.tree.map(struct(1), batch))
+  axes = jax_internals.named_axes(jaxpr)
+  for eqn in _equations(jaxpr.jaxpr):
+    reason = _way_around(eqn, axes)
+    if reason:
+      raise MixedExamplesError(
+        f'the loss of one example has {reason}, which can see other examples; clipping bounds'
+        ' nothing then. Let the loss be a function of its example alone'
+      )
+  return jaxpr
+
+
+def _way_around(eqn: core.JaxprEqn, axes: frozenset[str]) -> str | None:
+  """What in an equation could see the batch, in words."""
+  used = axes & jax_internals.axes_of(eqn)
+  if used:
+    return f'{eqn.primitive.name} over the named axis {", ".join(sorted(used))}'
+  if eqn.primitive.name == 'custom_vmap_call':
+    rule = eqn.params['rule']
+    return f'a batching rule of its own, {getattr(rule, "__name__", rule)} (custom_vmap)'
+  if eqn.primitive.name in jax_internals.CALLS_OUT:
+    method = eqn.params.get('vmap_method')
+    if method not in jax_internals.ONE_BY_ONE:
+      return f"{eqn.primitive.name} with vmap_method={method!r} (allowed: 'sequential')"
+  return None
+
+
+def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+  """Every equation, those inside of others too."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax_internals.inner_jaxprs(eqn):
+      yield from _equations(inner)
