@@ -1,0 +1,632 @@
+"""A search for examples that contribute more than they may, and for sums that lose more.
+
+  python -m tests.privacy.search --strategy=bookkeeping --minutes=60 --seed=1
+
+climbs from random starts in every case (or in those that --cases matches), prints each new
+record, and in the end one JSON line per strategy: the largest contribution found, in units
+of clip_norm, and the example that gave it. Without --strategy it searches all of them, and
+running sums too. The exit code is 1 if anything was above what is claimed.
+
+Losses here are linear in the parameters, sum(g * layer(x, w)): an example then dictates the
+inputs x and the output gradients g of every site, and rounding is all that can go wrong. An
+example is written down as a few dozen numbers in [0, 1] (GENES): how many kinds of tokens
+there are, how little they differ, whether they cancel, their sizes, their order. A genetic
+search climbs on the logarithm of what `clipped_sum` really added up, a population at a time.
+"""
+
+import argparse
+import fnmatch
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dpcap import privacy
+from dpcap.privacy import clipping
+
+# --- Examples from genes.
+
+GENES = (
+  'seed', 'blocks', 'kinds', 'order', 'share', 'alternate', 'balance', 'x_base', 'g_base',
+  'x_difference', 'g_difference', 'x_where', 'g_where', 'x_mantissa', 'g_mantissa', 'x_size',
+  'g_size', 'tokens_spread', 'tokens_opposed', 'x_spread', 'g_spread', 'noise', 'turn',
+)  # fmt: skip
+BASES = ('flat', 'flat', 'normal', 'normal', 'signs', 'one channel', 'ramp', 'all sizes', 'two')
+
+
+def _choose(gene, options):
+  return options[min(int(gene * len(options)), len(options) - 1)]
+
+
+def _optional(gene, low, high):
+  """0 for a third of the genes, or 10 to a power between low and high."""
+  return 0.0 if gene < 1 / 3 else 10 ** (low + (gene - 1 / 3) * 1.5 * (high - low))
+
+
+def _size(gene):
+  """Ordinary for most genes, and down to subnormal and up to near the end for the others."""
+  if gene < 0.7:
+    return 10 ** (-4 + gene / 0.7 * 10)
+  return 10 ** (-45 + (gene - 0.7) / 0.3 * 75)
+
+
+def _base(kind, rng, width):
+  """A vector that all tokens of a block are variations of."""
+  normal, channel = rng.normal(size=width), rng.integers(width)
+  return {
+    'flat': lambda: np.ones(width),
+    'normal': lambda: normal,
+    'signs': lambda: np.sign(normal),
+    'one channel': lambda: np.where(np.arange(width) == channel, 1.0, 0.0),
+    'ramp': lambda: np.linspace(1, 2, width),
+    'all sizes': lambda: normal * np.exp(3 * rng.normal(size=width)),
+    'two': lambda: np.where(np.arange(width) % 2, 1.0, normal[0]),
+  }[kind]()
+
+
+def _where(gene, rng, width):
+  """Where tokens of one base differ: in all of it alike, in one channel or at random."""
+  kind = _choose(gene, ('alike', 'alike', 'one channel', 'normal'))
+  base = {'alike': 'flat'}.get(kind, kind)
+  return _base(base, rng, width)
+
+
+def decoded(genome) -> dict[str, Any]:
+  """What the genes of one parameter's tokens say, to be read by people."""
+  gene = dict(zip(GENES, map(float, genome), strict=True))
+  return {
+    'seed': int(gene['seed'] * 2**32),
+    'blocks': _choose(gene['blocks'], (1, 1, 1, 2, 3, 8)),
+    'kinds': _choose(gene['kinds'], (1, 2, 2, 2, 3, 4, 10**6)),
+    'order': _choose(gene['order'], ('sorted', 'in turn', 'shuffled')),
+    'share': 4 ** (2 * gene['share'] - 1),
+    'alternate': gene['alternate'] > 0.3,
+    'balance': gene['balance'] > 0.5,
+    'x_base': _choose(gene['x_base'], BASES),
+    'g_base': _choose(gene['g_base'], BASES),
+    'x_difference': _optional(gene['x_difference'], -8, 0),
+    'g_difference': _optional(gene['g_difference'], -8, 0),
+    'x_where': gene['x_where'],
+    'g_where': gene['g_where'],
+    'x_size': (1 + gene['x_mantissa']) * _size(gene['x_size']),
+    'g_size': (1 + gene['g_mantissa']) * _size(gene['g_size']),
+    'tokens_spread': 10.0 ** -max(0, 60 * gene['tokens_spread'] - 30),
+    'tokens_opposed': gene['tokens_opposed'] > 0.5,
+    'x_spread': 10.0 ** -max(0, 60 * gene['x_spread'] - 30),
+    'g_spread': 10.0 ** -max(0, 60 * gene['g_spread'] - 30),
+    'noise': _optional(max(0, 2 * gene['noise'] - 1), -8, 0),
+    'turn': gene['turn'] > 0.7,
+  }
+
+
+def tokens(genome, count: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+  """Inputs (count, inputs) and output gradients (count, outputs) in float64."""
+  genes = decoded(genome)
+  rng = np.random.default_rng(genes['seed'])
+  blocks = np.array_split(np.arange(count), genes['blocks'])
+  xs, gs = zip(*[_block(genes, rng, len(b), inputs, outputs) for b in blocks if len(b)])
+  x, g = np.concatenate(xs), np.concatenate(gs)
+  odd = np.arange(count) % 2
+  # Some tokens tiny in what they are fed, and huge in their gradients or not.
+  x *= (genes['tokens_spread'] ** odd)[:, None]
+  g *= (genes['tokens_spread'] ** -(odd * genes['tokens_opposed']))[:, None]
+  x *= genes['x_spread'] ** (np.arange(inputs) % 2)
+  g *= genes['g_spread'] ** (np.arange(outputs) % 2)
+  x, g = x * genes['x_size'], g * genes['g_size']
+  return (x[::-1], g[::-1]) if genes['turn'] else (x, g)
+
+
+def _block(genes, rng, count, inputs, outputs):
+  kinds = min(genes['kinds'], count)
+  kind = np.floor(kinds * (np.arange(count) / count) ** genes['share'])
+  if genes['order'] == 'in turn':
+    kind = np.arange(count) % kinds
+  if genes['order'] == 'shuffled':
+    kind = rng.permutation(kind)
+  sign = 1 - 2 * (kind % 2) if genes['alternate'] else np.ones(count)
+  if genes['balance'] and (sign < 0).any():
+    sign = np.where(sign < 0, sign * np.sum(sign > 0) / np.sum(sign < 0), sign)
+  x_base, g_base = (
+    _base(genes['x_base'], rng, inputs), _base(genes['g_base'], rng, outputs)
+  )  # fmt: skip
+  differ = lambda base, size, where: base * (
+    1 + size * np.outer(kind, _where(where, rng, len(base)))
+  )
+  x = differ(x_base, genes['x_difference'], genes['x_where'])
+  g = sign[:, None] * differ(g_base, genes['g_difference'], genes['g_where'])
+  noisy = lambda y: y + genes['noise'] * rng.normal(size=y.shape) if genes['noise'] else y
+  return noisy(x), noisy(g)
+
+
+# --- Cases: losses that are linear in their parameters.
+
+
+class Use(NamedTuple):
+  """One use of a parameter, `apply(x, w)`, with x (tokens, inputs) and its result (..., outputs).
+
+  Attributes:
+    apply: what is linear in w; takes x and returns y with their tokens and channels as here.
+    x, y: (tokens, channels).
+    turned: a transposed use, whose outputs are where the others of its parameter have inputs.
+    rows: x is the channel in which a token is largest, as one looks up a row of a table.
+  """
+
+  apply: Callable
+  x: tuple[int, int]
+  y: tuple[int, int]
+  turned: bool = False
+  rows: bool = False
+
+
+class Case(NamedTuple):
+  """Parameters (shapes) by name, the uses of each, and the type that products have.
+
+  `params_type` is the type of the parameters themselves.
+  """
+
+  params: dict[str, tuple[int, ...]]
+  uses: dict[str, tuple[Use, ...]]
+  dtype: Any = jnp.float32
+  params_type: Any = jnp.float32
+
+  def loss(self, params, example):
+    """sum(g * apply(x, w)) over all uses."""
+    total = 0.0
+    for name, uses in self.uses.items():
+      for use, (x, g) in zip(uses, example[name], strict=True):
+        x = x if use.rows else x.astype(self.dtype)
+        y = use.apply(x, params[name].astype(self.dtype)).reshape(use.y)
+        total += jnp.sum(y.astype(jnp.float32) * g)
+    return total
+
+  def zeros(self):
+    """The parameters: that they are zero changes no gradient."""
+    return {name: jnp.zeros(shape, self.params_type) for name, shape in self.params.items()}
+
+  def example(self, genome):
+    """From genes (parameters, GENES): {name: [(x, g) of each use]}, in float32."""
+    made = {}
+    for genes, (name, uses) in zip(genome, self.uses.items(), strict=True):
+      counts = [max(use.x[0], use.y[0]) for use in uses]
+      widths = [(u.y[1], u.x[1]) if u.turned else (u.x[1], u.y[1]) for u in uses]
+      inputs, outputs = np.max(widths, axis=0)
+      x, g = tokens(genes, sum(counts), inputs, outputs)
+      made[name], start = [], 0
+      for use, count in zip(uses, counts):
+        a, b = x[start : start + count], g[start : start + count]
+        a, b = (b, a) if use.turned else (a, b)
+        a, b = a[: use.x[0], : use.x[1]], b[: use.y[0], : use.y[1]]
+        with np.errstate(over='ignore'):
+          a = np.argmax(np.abs(a), axis=1).astype(np.int32) if use.rows else a.astype(np.float32)
+          made[name].append((a, b.astype(np.float32)))
+        start += count
+    return made
+
+  def entries(self):
+    """Numbers that an example and a gradient hold: what it costs to measure one."""
+    sizes = [math.prod(shape) for shape in self.params.values()]
+    return sum(sizes) + sum(math.prod(u.x) + math.prod(u.y) for us in self.uses.values() for u in us)
+
+
+def _product(inputs, outputs, count, **kwargs):
+  use = Use(jnp.dot, (count, inputs), (count, outputs))
+  return Case({'w': (inputs, outputs)}, {'w': (use,)}, **kwargs)
+
+
+def _convolution(size, kernel, inputs, outputs, **kwargs):
+  convolve = lambda x, w: lax.conv_general_dilated(
+    x.reshape(1, size, size, inputs), w, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  use = Use(convolve, (size**2, inputs), (size**2, outputs))
+  return Case({'w': (kernel, kernel, inputs, outputs)}, {'w': (use,)}, **kwargs)
+
+
+_look_up = lambda x, w: w[x]
+_turned = lambda x, w: x @ w.T
+_over_time = lambda x, w: lax.scan(lambda _, x: (None, x @ w), None, x)[1]
+
+
+def _over_layers(x, w):
+  return lax.scan(lambda _, xw: (None, xw[0] @ xw[1]), None, (x.reshape(len(w), -1, w.shape[1]), w))[1]
+
+
+def _experts(x, w):
+  return jnp.einsum('etk,eko->eto', x.reshape(len(w), -1, w.shape[1]), w)
+
+
+def _direct(apply, count, width, **kwargs):
+  return Case({'w': (width,)}, {'w': (Use(apply, (count, width), (count, width)),)}, **kwargs)
+
+
+_scale = lambda x, w: x * w
+_bias = lambda x, w: 0 * x + w
+
+_HALVES = (Use(jnp.dot, (3, 24), (3, 20)), Use(jnp.dot, (4, 24), (4, 20)))
+_TIED = (Use(_look_up, (6, 12), (6, 30), rows=True), Use(_turned, (6, 30), (6, 12), turned=True))
+_WITH_BIAS = {'w': (24, 20), 'b': (20,), 'table': (9, 20)}
+_BLOCK = {
+  'w': (Use(jnp.dot, (5, 24), (5, 20)),),
+  'b': (Use(lambda x, w: 0 * x[:, :20] + w, (5, 24), (5, 20)),),
+  'table': (Use(_look_up, (5, 9), (5, 20), rows=True),),
+}
+
+CASES = {
+  'few tokens': _product(24, 20, 4),  # Gram matrices
+  'many tokens': _product(6, 5, 40),  # formed
+  'one token': _product(16, 12, 1),
+  'wide': _product(768, 192, 50),
+  'long': _product(8, 9, 2048),
+  'longest': _product(2, 3, 20000),
+  'few patches': _convolution(2, 3, 3, 32),
+  'many patches': _convolution(9, 2, 2, 3),
+  'large image': _convolution(128, 3, 1, 2),
+  'look-ups': Case({'w': (5, 24)}, {'w': (Use(_look_up, (40, 5), (40, 24), rows=True),)}),
+  'wide look-ups': Case({'w': (5, 768)}, {'w': (Use(_look_up, (40, 5), (40, 768), rows=True),)}),
+  'many look-ups': Case({'w': (5, 6)}, {'w': (Use(_look_up, (2048, 5), (2048, 6), rows=True),)}),
+  'two sites': Case({'w': (24, 20)}, {'w': _HALVES}),
+  'tied': Case({'w': (12, 30)}, {'w': _TIED}),
+  'over time': Case({'w': (24, 20)}, {'w': (Use(_over_time, (6, 24), (6, 20)),)}),
+  'long over time': Case({'w': (6, 5)}, {'w': (Use(_over_time, (300, 6), (300, 5)),)}),
+  'over layers': Case({'w': (3, 24, 20)}, {'w': (Use(_over_layers, (12, 24), (12, 20)),)}),
+  'experts': Case({'w': (2, 24, 20)}, {'w': (Use(_experts, (8, 24), (8, 20)),)}),
+  'bias': _direct(_bias, 40, 16),
+  'scale': _direct(_scale, 40, 16),
+  'large scale': _direct(_scale, 1, 2**18),
+  'long scale': _direct(_scale, 4096, 4),
+  'with bias': Case(_WITH_BIAS, _BLOCK),
+}
+for _name, _narrow in [('bfloat16', jnp.bfloat16), ('float16', jnp.float16)]:
+  for _case in ('few tokens', 'many tokens', 'tied', 'over time', 'scale', 'with bias'):
+    CASES[f'{_case}, {_name}'] = CASES[_case]._replace(dtype=_narrow)
+for _case in ('few tokens', 'scale', 'with bias'):
+  CASES[f'{_case}, all bfloat16'] = CASES[_case]._replace(
+    dtype=jnp.bfloat16, params_type=jnp.bfloat16
+  )
+
+
+# --- What an example contributes.
+
+COMPANY = 3
+# Sums are rounded relative to themselves: in units of clip_norm, beside COMPANY examples.
+ROUNDED = 1e-6 * (COMPANY + 1)
+
+
+class Settings(NamedTuple):
+  """What a search is of: `name` is a strategy."""
+
+  strategy: str
+  clip_norm: float = 1.0
+  clip_function: Any = privacy.Clip()
+
+
+# What a user gets; tests in general are compiled in haste.
+AT_LEISURE = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False}
+
+
+@functools.cache
+def _compiled(case_name: str, settings: Settings, in_company: bool):
+  """(population of examples, company) -> sums: (population, ...), or with and without it."""
+  case = CASES[case_name]
+
+  def summed(batch, mask):
+    return privacy.clipped_sum(
+      case.loss,
+      case.zeros(),
+      batch,
+      mask,
+      clip_norm=settings.clip_norm,
+      clip_function=settings.clip_function,
+      strategy=settings.strategy,
+    ).sum
+
+  # lax.map, not vmap: what is measured is the program as it is, on one example after another.
+  def alone(population, company):
+    del company
+    one = lambda example: summed(jax.tree.map(lambda y: y[None], example), jnp.ones(1, bool))
+    return lax.map(one, population)
+
+  def beside(population, company):
+    def one(example):
+      batch = jax.tree.map(lambda y, ys: jnp.concatenate([ys[:1], y[None], ys[1:]]), example, company)
+      masks = jnp.stack([jnp.ones(COMPANY + 1, bool), jnp.arange(COMPANY + 1) != 1])
+      return lax.map(lambda mask: summed(batch, mask), masks)
+
+    return lax.map(one, population)
+
+  return jax.jit(beside if in_company else alone, compiler_options=AT_LEISURE)
+
+
+def _norms(tree) -> np.ndarray:
+  """L2 norms (population,) over all leaves, in float64."""
+  squares = [np.sum(np.float64(y).reshape(len(y), -1) ** 2, axis=1) for y in jax.tree.leaves(tree)]
+  return np.sqrt(sum(squares))
+
+
+def company_of(case: Case, clip_norm: float):
+  """Ordinary examples, some of which are clipped."""
+  rng = np.random.default_rng(1)
+
+  def ordinary(use):
+    normal = lambda shape: np.float32(rng.normal(size=(COMPANY, *shape)))
+    x = rng.integers(use.x[1], size=(COMPANY, use.x[0])).astype(np.int32)
+    return (x if use.rows else normal(use.x)), normal(use.y) * np.float32(clip_norm)
+
+  return {name: [ordinary(use) for use in uses] for name, uses in case.uses.items()}
+
+
+def contributions(case_name: str, settings: Settings, genomes, in_company=False) -> np.ndarray:
+  """What each of a population of examples adds to the sum, in units of clip_norm.
+
+  NaN or infinite where the sum is.
+  """
+  case = CASES[case_name]
+  examples = [case.example(genome) for genome in genomes]
+  population = jax.tree.map(lambda *ys: np.stack(ys), *examples)
+  company = company_of(case, settings.clip_norm) if in_company else None
+  sums = jax.device_get(_compiled(case_name, settings, in_company)(population, company))
+  if in_company:
+    sums = jax.tree.map(lambda y: np.float64(y[:, 0]) - np.float64(y[:, 1]), sums)
+  return _norms(sums) / settings.clip_norm
+
+
+# --- The search itself.
+
+
+class Found(NamedTuple):
+  """The best so far of one climb: a score, and the genome that has it."""
+
+  score: float
+  genome: np.ndarray
+
+
+class Climb:
+  """A genetic search for genomes of a high score, in [0, 1] to the power of `shape`.
+
+  Half of a generation are changes of good genomes, a quarter mix two of them, the rest are
+  new. Where nothing improved for `patience` generations, it starts again.
+  """
+
+  def __init__(self, score: Callable, shape: tuple[int, ...], rng, size=32, patience=25):
+    self._score, self._shape, self._rng = score, shape, rng
+    self._size, self._patience = size, patience
+    self.best = Found(-math.inf, np.zeros(shape))
+    self.generations = 0
+    self._restart()
+
+  def _restart(self):
+    self._good: list[Found] = []
+    self._idle = 0
+
+  def _parent(self):
+    drawn = self._rng.integers(len(self._good), size=2)
+    return self._good[min(drawn)].genome
+
+  def _child(self):
+    rng, kind = self._rng, self._rng.random()
+    fresh = rng.random(self._shape)
+    if not self._good or kind < 0.2:
+      return fresh
+    child = self._parent()
+    if kind < 0.45:
+      child = np.where(rng.random(self._shape) < 0.5, child, self._parent())
+    few = rng.random(self._shape) < rng.choice([1.5, 4]) / child.size
+    step = rng.normal(size=self._shape) * 10 ** -rng.uniform(0.5, 5)
+    changed = np.where(rng.random(self._shape) < 0.5, fresh, np.clip(child + step, 0, 1))
+    return np.where(few, changed, child)
+
+  def generation(self) -> Found:
+    """One more; returns the best of all."""
+    genomes = [self._child() for _ in range(self._size)]
+    scores = self._score(genomes)
+    # What is no number is the worst that can come out.
+    scores = np.where(np.isnan(scores), np.inf, scores)
+    before = self._good[0].score if self._good else -math.inf
+    found = [Found(float(s), g) for s, g in zip(scores, genomes, strict=True)]
+    # One of each score: copies would crowd out the others.
+    distinct = {f.score: f for f in self._good + found}
+    self._good = sorted(distinct.values(), key=lambda f: -f.score)[:16]
+    self._idle = 0 if self._good[0].score > before else self._idle + 1
+    if self._good[0].score > self.best.score:
+      self.best = self._good[0]
+    if self._idle >= self._patience:
+      self._restart()
+    self.generations += 1
+    return self.best
+
+
+def climb_of(case_name: str, settings: Settings, rng, in_company=False, size=32) -> Climb:
+  """For examples that contribute more than clip_norm."""
+  score = lambda genomes: contributions(case_name, settings, genomes, in_company)
+  return Climb(score, (len(CASES[case_name].uses), len(GENES)), rng, size)
+
+
+def allowed(in_company=False) -> float:
+  """What a contribution may be, in units of clip_norm."""
+  return 1 + clipping.ROUNDING_MARGIN + (ROUNDED if in_company else 0)
+
+
+# --- Running sums.
+
+TERMS = ('seed', 'sizes', 'spread', 'pattern', 'signs', 'share', 'close', 'repeat')
+
+
+def terms_of(genome, count: int) -> np.ndarray:
+  """A sequence (count,) in float32 from genes (TERMS,)."""
+  gene = dict(zip(TERMS, map(float, genome), strict=True))
+  rng = np.random.default_rng(int(gene['seed'] * 2**32))
+  spread = 10 ** (gene['spread'] * 16)
+  steps = np.arange(count)
+  pattern = _choose(gene['pattern'], ('random', 'two sizes', 'up', 'down', 'up and down', 'peak'))
+  height = {
+    'random': lambda: rng.random(count),
+    'two sizes': lambda: (rng.random(count) < gene['share']).astype(float),
+    'up': lambda: steps / count,
+    'down': lambda: 1 - steps / count,
+    'up and down': lambda: 1 - np.abs(2 * steps / count - 1),
+    'peak': lambda: (steps == int(gene['share'] * count)).astype(float),
+  }[pattern]()
+  terms = spread**height * np.where(gene['repeat'] < 0.5, 1, 1 + rng.random(count))
+  signs = _choose(gene['signs'], ('plus', 'in turn', 'random', 'mirrored', 'closed'))
+  if signs == 'in turn':
+    terms *= 1 - 2 * (steps % 2)
+  if signs == 'random':
+    terms *= rng.choice([-1, 1], count)
+  if signs == 'mirrored':  # what comes first is taken away again
+    half = count // 2
+    terms[count - half :] = -terms[:half]
+  terms = np.float32(terms * 10 ** (8 * gene['sizes'] - 4))
+  if signs == 'closed':  # all of the rest is taken away, up to a rest of its own
+    terms[-1] = np.float32(-math.fsum(terms[:-1]) * (1 + _optional(gene['close'], -12, -2)))
+  return terms
+
+
+@jax.jit
+def _running_sums(terms):
+  """Of sequences (population, count)."""
+  add = lambda total, term: (total.add(term), None)
+  return lax.scan(add, privacy.running_sum(terms[:, 0]), terms.T)[0].value()
+
+
+UNIT = 2.0**-24
+
+
+def errors_of_sums(genomes, count: int, constant: float) -> np.ndarray:
+  """How often an error is what it may be: u |sum| + constant n^2 u^2 sum |terms|."""
+  terms = np.stack([terms_of(genome, count) for genome in genomes])
+  sums = np.float64(_running_sums(terms))
+  exact = np.array([math.fsum(t) for t in terms])
+  within = UNIT * np.abs(exact) + constant * count**2 * UNIT**2 * np.abs(np.float64(terms)).sum(1)
+  return np.abs(sums - exact) / np.maximum(within, 1e-300)
+
+
+def climb_of_sums(count: int, constant: float, rng) -> Climb:
+  """For sequences whose sum is further off than it may be (score > 1)."""
+  return Climb(lambda genomes: errors_of_sums(genomes, count, constant), (len(TERMS),), rng, 256)
+
+
+# --- The command.
+
+
+class Job(NamedTuple):
+  """A climb, what it climbs and what its score may be."""
+
+  about: dict[str, Any]
+  climb: Climb
+  allowed: float
+  describe: Callable[[np.ndarray], Any]
+
+
+# Beside clip_norm 1: the ends of what is accepted, and a function that divides by little.
+SETTINGS = {
+  'clip 1': {},
+  'clip 1e-12': dict(clip_norm=1e-12),
+  'clip 1e30': dict(clip_norm=1e30),
+  'automatic': dict(clip_function=privacy.Automatic()),
+  'automatic, gamma 1e-20': dict(clip_function=privacy.Automatic(gamma=1e-20)),
+  'automatic, clip 1e-12': dict(clip_norm=1e-12, clip_function=privacy.Automatic()),
+  'automatic, clip 1e30': dict(clip_norm=1e30, clip_function=privacy.Automatic(gamma=1e-3)),
+}
+
+
+def _jobs(strategies, pattern, rng):
+  """(function that starts it) of each search: compiling is put off until its turn."""
+  for name in CASES:
+    for label, settings in SETTINGS.items():
+      for in_company in (False, True):
+        # The ends and the company are searched where one generation takes little.
+        if (label != 'clip 1' or in_company) and CASES[name].entries() > 10_000:
+          continue
+        for strategy in strategies:
+          about = dict(strategy=strategy, case=name, settings=label, in_company=in_company)
+          title = f'{name}/{label}' + ('/in company' if in_company else '')
+          if not fnmatch.fnmatch(title, pattern):
+            continue
+          size = 32 if CASES[name].entries() < 10_000 else 8
+          of = Settings(strategy, **settings)
+          climb = climb_of(name, of, rng, in_company, size)
+          describe = lambda genome, name=name: dict(
+            zip(CASES[name].uses, map(decoded, genome), strict=True)
+          )
+          yield Job(about, climb, allowed(in_company), describe)
+
+
+def _sum_jobs(constant, rng):
+  for count in (4, 64, 1024):
+    about = dict(strategy='running_sum', case=f'{count} terms', constant=constant)
+    describe = lambda genome, count=count: [float(t) for t in terms_of(genome, count)[:16]]
+    yield Job(about, climb_of_sums(count, constant, rng), 1.0, describe)
+
+
+def _is_record(job: Job, before: float) -> bool:
+  """A new one that says something: above what is allowed, and by a hundredth more."""
+  score = job.climb.best.score
+  return score > job.allowed and (before <= job.allowed or score > before * 1.01)
+
+
+def main(argv=None) -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  strategies = (*privacy.CLIPPING_STRATEGIES, 'running_sum')
+  parser.add_argument('--strategy', action='append', choices=strategies, help='all by default')
+  parser.add_argument('--minutes', type=float, default=10)
+  parser.add_argument('--seed', type=int, default=None, help='fresh by default')
+  parser.add_argument('--cases', default='*', help='pattern of CASE/SETTINGS[/in company]')
+  parser.add_argument('--constant', type=float, default=4.0, help='of the error of running sums')
+  args = parser.parse_args(argv)
+  chosen = args.strategy or strategies
+  seed = args.seed if args.seed is not None else int(np.random.SeedSequence().entropy % 2**32)
+  rng = np.random.default_rng(seed)
+  print(f'seed {seed}', flush=True)
+  jobs = list(_jobs([s for s in chosen if s != 'running_sum'], args.cases, rng))
+  jobs += list(_sum_jobs(args.constant, rng)) if 'running_sum' in chosen else []
+  # Ordinary settings first, the cheapest of them before the others.
+  rank = lambda job: (job.about.get('settings', 'clip 1') != 'clip 1', bool(job.about.get('in_company')))
+  jobs.sort(key=rank)
+  start = time.monotonic()
+  left = lambda: args.minutes * 60 - (time.monotonic() - start)
+  turn = 0
+  while left() > 0 and jobs:
+    # Each case some generations in turn: early ones come around again.
+    for job in jobs[: 4 + turn] if turn < len(jobs) else jobs:
+      if left() <= 0:
+        break
+      before, ends = job.climb.best.score, time.monotonic() + 4
+      job.climb.generation()  # compiles
+      while job.climb.generations % 20 and time.monotonic() < ends:
+        job.climb.generation()
+      if _is_record(job, before):
+        found = f'{job.climb.best.score:.7g} after {job.climb.generations} generations'
+        print(f'{args.minutes * 60 - left():6.0f} s  {json.dumps(job.about)}: {found}', flush=True)
+    turn += max(4, turn)
+  worst = {}
+  for job in jobs:
+    if job.climb.generations:
+      strategy = job.about['strategy']
+      # By how much it is above: in company more is allowed.
+      worst.setdefault(strategy, []).append(job)
+  for strategy, of_strategy in worst.items():
+    job = max(of_strategy, key=lambda job: job.climb.best.score / job.allowed)
+    above = sorted({j.about['case'] for j in of_strategy if j.climb.best.score > j.allowed})
+    line = dict(
+      strategy=strategy,
+      largest=job.climb.best.score,
+      allowed=job.allowed,
+      seed=seed,
+      tried=sum(j.climb.generations for j in of_strategy),
+      cases_above=above,
+      **{k: v for k, v in job.about.items() if k != 'strategy'},
+      example=job.describe(job.climb.best.genome),
+    )
+    print(json.dumps(line), flush=True)
+  return int(any(j.climb.best.score > j.allowed for js in worst.values() for j in js))
+
+
+if __name__ == '__main__':
+  sys.exit(main())
