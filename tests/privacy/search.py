@@ -458,6 +458,68 @@ def allowed(in_company=False) -> float:
   return 1 + clipping.ROUNDING_MARGIN + (ROUNDED if in_company else 0)
 
 
+# --- Programs: what is computed twice may be rounded in two ways.
+
+# Pairs of what is the same number, to the last bit, for c = 2 a and d = b / 2; times y.
+SAME = (
+  lambda y, a, b, c, d: (y * a * b, y * c * d),
+  lambda y, a, b, c, d: (y * (a * b * b), y * (a * b * d) * 2),
+  lambda y, a, b, c, d: (y * (a * b * a), y * (c * b * a) * 0.5),
+  lambda y, a, b, c, d: (y * (a * a * a), y * (c * a * a) * 0.5),
+  lambda y, a, b, c, d: ((y * a) * (b * b), (y * c) * (d * b)),
+  lambda y, a, b, c, d: (jnp.sin(y) * a * b, y * (d * c)),
+  lambda y, a, b, c, d: (y * a + y * b, y * (c * 0.5) + y * d * 2),
+)
+PROGRAM = ('first', 'second', 'third', 'turns', 'size', 'fed')
+
+
+def program_of(genome):
+  """A loss(w, example) of differences that are zero, but for rounding, from genes (PROGRAM,).
+
+  They are the gradients of a product's output or, `fed`, its inputs. A compiler that makes one
+  instruction of a product and a sum here, and not where the same is computed again, makes two
+  numbers of it that differ by as much as they are.
+  """
+  gene = dict(zip(PROGRAM, map(float, genome), strict=True))
+  turns = int(gene['turns'] * 8)
+  pairs = [_choose(gene[name], (None, *SAME)) for name in PROGRAM[:3]]
+  size = _choose(gene['size'], (1.0, 1e6, 3e9))
+
+  def loss(w, e):
+    abcd = [e[name] for name in 'abcd']
+    y = e['one'] * jnp.ones_like(e['a']) if gene['fed'] > 0.7 else e['x'] @ w
+    total = 0.0
+    for i, pair in enumerate(pairs):
+      if pair is not None:
+        u, v = pair(y, *abcd)
+        u, v = (v, u) if turns >> i & 1 else (u, v)
+        total += u - v if gene['fed'] > 0.7 else jnp.sum(u) - jnp.sum(v)
+    total = size * total
+    return jnp.sum((total @ w) * e['x']) if gene['fed'] > 0.7 else total + 0 * jnp.sum(y)
+
+  return loss
+
+
+def contribution_of(loss, strategy: str) -> float:
+  """The largest that some examples add to the sum of a loss of `program_of`, clip_norm 1."""
+  summed = jax.jit(
+    lambda w, batch: privacy.clipped_sum(loss, w, batch, clip_norm=1.0, strategy=strategy).sum,
+    compiler_options=AT_LEISURE,
+  )
+  largest = 0.0
+  for seed in range(4):
+    a, b, x = np.float32(np.random.default_rng(seed).normal(size=(3, 1, 40, 8)))
+    batch = {'a': a, 'b': b, 'c': 2 * a, 'd': b / 2, 'x': x, 'one': np.ones(1, np.float32)}
+    largest = np.maximum(largest, _norms([np.asarray(summed(jnp.zeros((8, 8)), batch))[None]])[0])
+  return float(largest)
+
+
+def climb_of_programs(strategy: str, rng) -> Climb:
+  """For losses by which an example contributes more; each is compiled, which takes a second."""
+  score = lambda genomes: [contribution_of(program_of(genome), strategy) for genome in genomes]
+  return Climb(score, (len(PROGRAM),), rng, size=4)
+
+
 # --- Running sums.
 
 TERMS = ('seed', 'sizes', 'spread', 'pattern', 'signs', 'share', 'close', 'repeat')
@@ -577,6 +639,15 @@ def _jobs(strategies, pattern, rng):
           yield Job(about, climb, allowed(in_company), describe)
 
 
+def _program_jobs(strategies, pattern, rng):
+  for strategy in strategies:
+    if fnmatch.fnmatch('programs/clip 1', pattern):
+      describe = lambda genome: dict(zip(PROGRAM, map(float, genome), strict=True))
+      yield Job(
+        dict(strategy=strategy, case='programs'), climb_of_programs(strategy, rng), allowed(), describe
+      )
+
+
 def _sum_jobs(constant, rng):
   for count in (4, 64, 1024):
     about = dict(strategy='running_sum', case=f'{count} terms', constant=constant)
@@ -603,7 +674,8 @@ def main(argv=None) -> int:
   seed = args.seed if args.seed is not None else int(np.random.SeedSequence().entropy % 2**32)
   rng = np.random.default_rng(seed)
   print(f'seed {seed}', flush=True)
-  jobs = list(_jobs([s for s in chosen if s != 'running_sum'], args.cases, rng))
+  of_clipping = [s for s in chosen if s != 'running_sum']
+  jobs = [*_jobs(of_clipping, args.cases, rng), *_program_jobs(of_clipping, args.cases, rng)]
   jobs += list(_sum_jobs(args.constant, rng)) if 'running_sum' in chosen else []
   # Ordinary settings first, the cheapest of them before the others.
   rank = lambda job: (job.about.get('settings', 'clip 1') != 'clip 1', bool(job.about.get('in_company')))

@@ -67,6 +67,15 @@ def test_nor_where_automatic_divides_by_next_to_nothing(rng, strategy):
   check('wide scale', Settings(strategy, **SETTINGS[smallest]), rng)
 
 
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+def test_nor_where_a_gradient_is_zero_but_for_how_it_is_rounded(strategy):
+  # Found by climb_of_programs: two passes that round differently see zero and 4,900 C.
+  fourth = (4.5 + 1) / 8
+  genome = dict(first=fourth, second=0, third=fourth, turns=0.6, size=1, fed=0)
+  loss = search.program_of([genome[name] for name in search.PROGRAM])
+  assert search.contribution_of(loss, strategy) <= search.allowed()
+
+
 # --- That the search finds what is there: clipping that has been in use, and is not right.
 
 
