@@ -14,7 +14,7 @@ from tests.privacy.adversaries import CASES, GENES, decoded
 from tests.privacy.search import SETTINGS, UNIT, Climb, Settings
 
 # Of climbing, once it is compiled; of processor time, or a busy machine would search less.
-SECONDS = 1.0
+SECONDS = 0.6
 
 # Every way in which norms are computed; `ghost` computes them as `bookkeeping` does.
 SEARCHED = {
@@ -83,7 +83,7 @@ def test_nor_where_a_gradient_is_zero_but_for_how_it_is_rounded(strategy):
 
 
 def gram_clipping(bound_of):
-  """What an example of 'few tokens' adds, clipped by a norm from Gram matrices in float32.
+  """What an example of 'wide' adds, clipped by a norm from Gram matrices in float32.
 
   `bound_of(tokens)`: what is said of its rounding, in roundoffs of (sum |x_t| |g_t|)^2.
   """
@@ -99,9 +99,11 @@ def gram_clipping(bound_of):
 
   def score(genomes):
     xs, gs = (np.stack(ys) for ys in zip(*[CASES['wide'].example(g)['w'][0] for g in genomes]))
-    gradients = np.float64(np.swapaxes(xs, 1, 2)) @ gs
-    norms = np.sqrt(np.sum(gradients**2, axis=(1, 2)))
-    return np.where(factor(xs, gs) > 0, norms * factor(xs, gs), 0)
+    gram = lambda ys: np.float64(ys) @ np.float64(np.swapaxes(ys, 1, 2))
+    with np.errstate(all='ignore'):  # past the largest float: clipped to nothing
+      norms = np.sqrt(np.maximum(np.sum(gram(xs) * gram(gs), axis=(1, 2)), 0))
+    factors = np.asarray(factor(xs, gs))
+    return np.where(factors > 0, norms * factors, 0)
 
   return score
 
@@ -111,7 +113,7 @@ def gram_clipping(bound_of):
 )
 def test_it_finds_what_a_gram_matrix_loses(rng, bound_of):
   climb = Climb(gram_clipping(bound_of), (1, len(GENES)), rng, size=8)
-  assert worst(climb, 1.01, seconds=30).score > 1.01
+  assert worst(climb, 1.01, seconds=60).score > 1.01
 
 
 # --- Sums of a whole logical batch.
