@@ -168,6 +168,15 @@ def test_noise_differs_between_steps_and_repeats_on_replay(rng):
   assert not np.allclose(jax.tree.leaves(first.params)[1], jax.tree.leaves(second.params)[1])
 
 
+def test_the_digest_is_that_of_what_is_released(rng):
+  step, state = _make(_plan())
+  accumulator = _accumulate(step, state, _examples(rng), np.ones(_BATCH, bool), 4)
+  key = jax.random.key(3)
+  noisy, _ = jax.jit(_plan().make_mechanism().add_noise)(key, 0, _total(accumulator), ())
+  *_, digest = step.update(_copy(state), accumulator, key, ())
+  np.testing.assert_array_equal(digest, privacy.digest(noisy))
+
+
 def test_frozen_tensors_never_move(rng):
   step, state = _make(_plan())
   accumulator = _accumulate(step, state, _examples(rng), np.ones(_BATCH, bool), 4)
