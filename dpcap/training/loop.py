@@ -223,15 +223,14 @@ class _Run:
         raise UserError(str(e)) from e
       # After the keys: a config without keys is a run that lost them.
       write_whole(self._workdir / 'config.json', config_lib.to_json(self._config) + '\n')
-    if fresh or self._store.renewed:
-      self._forget_evaluations()
     if not self.done:
       (self._workdir / 'privacy.json').unlink(missing_ok=True)
     publish_statement(self._workdir)
+    self._forget_evaluations()
     return self._store.keys
 
   def _forget_evaluations(self) -> None:
-    """Removes those of later steps, whose parameters this run will not have."""
+    """Removes those of steps to come, whose parameters may become others."""
     for folder in self._workdir.glob('evals/step_*'):
       step = folder.name.removeprefix('step_')
       if step.isdecimal() and int(step) > self.done:
