@@ -204,6 +204,15 @@ def test_steps_that_cannot_be_compared_are_lost(tmp_path, damage, resume_step):
   assert again.keys == store.keys and again.renewed is None
 
 
+def test_digests_that_are_gone_are_missed_after_one_step(tmp_path):
+  """A step that was begun last may lack its digest, but an era never lacks their file."""
+  marks = run_steps(open_store(tmp_path), 0, 1)
+  next(tmp_path.glob('*.digests')).unlink()
+  store = open_store(tmp_path)
+  assert store.renewed and store.releases(20) == 21
+  assert marks[1]['era'] != run_steps(store, 0, 1)[1]['era']
+
+
 def test_steps_that_were_recorded_were_started(tmp_path):
   """The keys' file is brought back from before, the digests' is not."""
   store = open_store(tmp_path)
@@ -316,6 +325,17 @@ def test_two_ways_to_the_same_step_are_told_apart(tmp_path):
   assert open_store(tmp_path, 6, second[6]).renewed is None
   with pytest.raises(ValueError, match='which went on from step 3'):
     open_store(tmp_path, 6, first[6])
+
+
+def test_the_start_of_an_era_is_a_checkpoint_and_not_a_step(tmp_path):
+  """The keys in force went on from step 6 of the third ones; step 6 of the first has others'."""
+  first = run_steps(open_store(tmp_path), 0, 10)
+  differ(open_store(tmp_path, 8, first[8]), 8, first[8])
+  store = open_store(tmp_path, 4, first[4])
+  third = run_steps(store, 4, 7, variant=1)
+  differ(store, 6, third[6], variant=2)
+  assert open_store(tmp_path, 6, third[6]).keys == store.keys
+  assert open_store(tmp_path, 6, first[6]).keys != store.keys
 
 
 def test_a_started_step_is_on_disk_before_begin_returns(tmp_path):

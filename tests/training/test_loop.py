@@ -262,7 +262,7 @@ def _finished_run(crashed_run, tmp_path_factory):
 @pytest.fixture(name='finished')
 def _finished(finished_run, tmp_path):
   """A copy of it, to go on with."""
-  return _copy(finished_run, tmp_path / 'run')
+  return _copy(finished_run, tmp_path / 'finished')
 
 
 def _copy(workdir, to):
