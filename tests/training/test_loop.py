@@ -557,16 +557,20 @@ def test_a_statement_that_a_crash_left_behind_is_mended(finished):
   assert path.read_text() == right and _statement(finished)['steps'] == tiny.STEPS
 
 
-def test_a_run_that_begins_again_says_nothing_of_its_former_steps(finished, monkeypatch):
-  shutil.rmtree(finished / 'checkpoints')
+@pytest.mark.parametrize('steps', [2, 0])
+def test_a_statement_is_mended_before_the_next_step(crashed, monkeypatch, steps):
+  """Also where all checkpoints were taken away and the run begins again."""
+  (crashed / 'privacy.json').write_text('{"steps": 1}')
+  if not steps:
+    shutil.rmtree(crashed / 'checkpoints')
 
   def crash(*_):
     raise _Crash
 
   monkeypatch.setattr(loop._Run, 'one_step', crash)
   with pytest.raises(_Crash):
-    loop.train(_fast(), finished)
-  assert not (finished / 'privacy.json').exists()
+    loop.train(_fast(), crashed)
+  assert _statement(crashed)['steps'] == 2 if steps else not (crashed / 'privacy.json').exists()
 
 
 def test_keys_lost_before_the_first_checkpoint_are_missed(tmp_path, monkeypatch):
