@@ -15,6 +15,7 @@ from dpcap.errors import UserError
 from dpcap.evals import table
 from dpcap.training import processes
 from dpcap.training.evaluation import Evaluations
+from dpcap.training.workdir import newest_checkpoint, publish_statement
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The run; results go to its folder evals.')
@@ -29,6 +30,8 @@ def main() -> None:
     raise UserError('the config has no evals; name at least one evaluator')
   processes.initialize()
   workdir = pathlib.Path(_WORKDIR.value)
+  if processes.is_main():
+    publish_statement(workdir)
   checkpoint = find_checkpoint(config.checkpoint, workdir)
   evaluations = Evaluations(config)
   folder = workdir / 'evals'
@@ -52,10 +55,10 @@ def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
         f'checkpoint is {named}; it must be a directory such as WORKDIR/checkpoints/1000'
       )
     return path
-  steps = [int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit()]
-  if not steps:
+  newest = newest_checkpoint(workdir)
+  if newest is None:
     raise UserError(f'{workdir}/checkpoints: holds no checkpoint; train first')
-  return workdir / 'checkpoints' / str(max(steps))
+  return newest
 
 
 if __name__ == '__main__':

@@ -88,9 +88,15 @@ def test_bad_records_are_survived_counted_and_told(run):
 
 def test_evaluate_writes_the_contract_and_prints_a_table(run, program):
   _, workdir, arguments, _ = run
+  # As a run leaves it that was killed between its checkpoint and the statement.
+  statement = (workdir / 'privacy.json').read_text()
+  (workdir / 'privacy.json').write_text('{"steps": 2}')
   process = program('dpcap.evaluate', *arguments)
   output, errors = process.communicate(timeout=240)
   assert process.returncode == 0, errors
+  assert (workdir / 'privacy.json').read_text() == statement
+  # Features are as private as the images.
+  assert (workdir / 'evals/cache').stat().st_mode & 0o777 == 0o700
   for name in ('private_features', 'untrained_encoder', 'raw_pixels'):
     record = json.loads((workdir / f'evals/{name}.json').read_text())
     assert record['name'] == name and record['metric'] == 'top1' and record['n'] == 40

@@ -14,6 +14,7 @@ from absl import flags
 from dpcap import command_line, evals
 from dpcap.errors import UserError
 from dpcap.evals import table
+from dpcap.training.workdir import write_whole
 from tools.report_parts import page, probes
 from tools.report_parts.run import Run, read_run
 
@@ -39,7 +40,7 @@ def write_report(workdir: pathlib.Path) -> None:
   for name, text in page.make_pages(run).items():
     path = workdir / name
     try:
-      path.write_text(text, encoding='utf-8')
+      write_whole(path, text)
     except OSError as e:
       raise UserError(f'{path}: cannot be written ({e.strerror})') from e
     print(path)

@@ -162,7 +162,11 @@ class _Parts:
     }
     text = json.dumps(about, indent=2, default=str)
     self._folder = subject.cache / hashlib.sha256(text.encode()).hexdigest()[:32]
-    self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # One by one: `parents` would make the cache itself, readable by others.
+    subject.cache.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (subject.cache, self._folder):
+      folder.mkdir(mode=0o700, exist_ok=True)
+      folder.chmod(0o700)
     (self._folder / 'about.json').write_text(text + '\n')
     # All processes must go on from the same one; they may see a shared disk at different times.
     known = batches_lib.exchange(self._read())[0]

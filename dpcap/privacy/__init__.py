@@ -68,6 +68,7 @@ from dpcap.privacy.clipping import (
 )
 from dpcap.privacy.clipping_check import ClippingMismatch, check_clipping
 from dpcap.privacy.contributions import ClippedSum
+from dpcap.privacy.digests import digest
 from dpcap.privacy.keys import Keys, KeyStore
 from dpcap.privacy.mechanisms import MECHANISMS
 from dpcap.privacy.plan import PrivacyPlan, calibrate
@@ -98,6 +99,7 @@ __all__ = [
   'check_clipping',
   'choose_strategy',
   'clipped_sum',
+  'digest',
   'make_statement',
   'plain_sum',
   'running_sum',

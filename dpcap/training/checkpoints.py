@@ -1,7 +1,8 @@
 """Checkpoints: written in the background, kept by policy, each with its privacy statement.
 
 A checkpoint has three items: `model` (params and frozen, what is released), `training`
-(step and optimizer state) and `privacy` (the statement, as JSON). Orbax writes to a
+(step and optimizer state) and `privacy` (the statement, as JSON, with the mark of the keys that it
+goes on with: `KeyStore.mark`). Orbax writes to a
 temporary name and renames at the end: one that was cut off is never picked up.
 """
 

@@ -5,8 +5,9 @@ import dataclasses
 import fcntl
 import functools
 import itertools
-import json
+import math
 import pathlib
+import shutil
 import signal
 import sys
 from typing import Any
@@ -22,20 +23,23 @@ from dpcap.errors import UserError
 from dpcap.privacy.sampling import augmentation_generator
 from dpcap.training import build, metrics, processes
 from dpcap.training.checkpoints import Checkpoints
-from dpcap.training.environment import describe_environment
 from dpcap.training.evaluation import Evaluations
 from dpcap.training.mesh import Layout, make_mesh
-from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.progress import Progress
 from dpcap.training.step import TrainState, example_loss, init_state, make_step
+from dpcap.training.workdir import publish_statement, read_statement, write_whole
 
 # Exit status of a run that was asked to stop: what shells report for SIGTERM.
 STOPPED = 143
 
 
 def secrets_directory(workdir: pathlib.Path) -> pathlib.Path:
-  """Where the keys of a run lie: beside its workdir, which may be shared, not in it."""
+  """Where the keys of a run lie: beside its workdir, which may be shared, not in it.
+
+  Beside the directory itself, by whatever path or link it is named: one run has one ledger.
+  """
+  workdir = workdir.resolve()
   return workdir.with_name(workdir.name + '.secrets')
 
 
@@ -52,7 +56,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
   Raises:
     UserError: if the config, the data or the workdir is refused.
   """
-  workdir = workdir.absolute()
+  if jax.config.jax_enable_x64:
+    raise UserError('JAX_ENABLE_X64 is on; a step is computed in 32 bits, unset it')
+  workdir = workdir.resolve()
   if not workdir.name:
     raise UserError(f'--workdir is {workdir}; it must be a directory below another')
   source = build.make_training_source(config)
@@ -90,7 +96,7 @@ class _Run:
     source: data.Source,
     plan: privacy.PrivacyPlan,
   ):
-    self._config, self._workdir, self._plan = config, workdir, plan
+    self._config, self._workdir, self._source, self._plan = config, workdir, source, plan
     self._tokenizer = build.make_tokenizer(config)
     processes.from_main(lambda: _check_workdir(config, workdir))
     self._layout = Layout(make_mesh(config.mesh.model_parallel))
@@ -100,7 +106,8 @@ class _Run:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     self._schedule = make_schedule(config.optimizer, config.train.steps)
     self._clip_function = build.make_clip_function(config)
-    self.state = init_state(
+    self._init_state = functools.partial(
+      init_state,
       model,
       optimizer,
       self._layout,
@@ -108,58 +115,18 @@ class _Run:
       config.data.text_length,
       config.train.model_seed,
     )
+    self.state = self._init_state()
     self._clipping = 'none'
     if plan.private:
       self._clipping = self._choose_clipping(model)
     self._step = make_step(
       model, optimizer, plan, self._layout, self._clipping, self._clip_function
     )
-    self.done = self._checkpoints.latest_step() or 0
-    if self.done:
-      self.state = self._checkpoints.restore(self.done, self.state)
-    self._saved, self._unpublished = self.done, None
-
-    environment = describe_environment(config, source)
-    keys, self._lost_releases = processes.from_main(lambda: self._open_store(environment))
-    keys = privacy.Keys(*map(tuple, keys))
-    self._noise_key = self._layout.everywhere(keys.noise_key())
-    self._noise_state = self._plan.make_mechanism().init(
-      self._noise_key, self.done, self.state.params
+    # As shapes: what is released with a step is donated to it.
+    self._like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
     )
-    self._batches = data.LogicalBatches(
-      source=source,
-      transform=data.Transform(
-        config.data.image_size,
-        config.data.text_length,
-        self._tokenizer,
-        config.data.crop_scale,
-        config.data.flip,
-      ),
-      draw=self._plan.make_sampler(keys.sampling).draw,
-      augmentation_rng=functools.partial(augmentation_generator, keys.sampling),
-      steps=config.train.steps,
-      expected_batch_size=self._plan.expected_batch_size,
-      physical_batch=config.mesh.physical_batch,
-      batches_per_chunk=config.mesh.batches_per_chunk,
-      rows=self._layout.rows,
-      local_rows=self._layout.local_rows,
-    )
-
-  def _open_store(self, environment: str) -> tuple[privacy.Keys, int]:
-    """Opens keys and ledger, which only the main process does; what the others need of them."""
-    try:
-      self._store = privacy.KeyStore(
-        secrets_directory(self._workdir),
-        resume_step=self.done,
-        environment=environment,
-        plan=dataclasses.asdict(self._plan),
-        seed=self._config.privacy.seed,
-      )
-    except ValueError as e:
-      raise UserError(str(e)) from e
-    # After the keys: a config without keys is a run that lost them.
-    write_whole(self._workdir / 'config.json', config_lib.to_json(self._config) + '\n')
-    return self._store.keys, self._store.lost_releases
+    self._store: privacy.KeyStore | None = None  # on the main process
 
   def _choose_clipping(self, model: nn.Module) -> str:
     """The strategy that this run's config asks for, once its answer is known to be right."""
@@ -185,46 +152,131 @@ class _Run:
     return strategy
 
   def __enter__(self):
-    config, start = self._config, self.done
     with contextlib.ExitStack() as stack:
       stack.push(self._close_checkpoints)
-      self._elements = data.iterate(
-        self._batches,
-        start * self._batches.slots,
-        config.data.workers,
-        timeout_s=config.data.worker_timeout_s,
-      )
-      stack.callback(self._elements.close)
-      self._metrics = self._diagnostics = None
-      if processes.is_main():
-        self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, start)
-        stack.callback(self._metrics.close)
-      if processes.is_main() and config.train.diagnostics:
-        self._diagnostics = metrics.MetricWriter(
-          self._workdir, metrics.DIAGNOSTICS, start, suffix='.private'
-        )
-        stack.callback(self._diagnostics.close)
+      # What begins anew with the keys.
+      self._parts = stack.enter_context(contextlib.ExitStack())
+      self._go_on()
       self._progress = stack.enter_context(
         Progress(
-          config.train.steps,
-          start,
+          self._config.train.steps,
+          self.done,
           self._plan.expected_batch_size,
           self._plan.private,
           shown=processes.is_main(),
         )
       )
       self._stack = stack.pop_all()
-    self._warned, self._bad_records = set(), 0
-    if start:
-      self.say(f'resuming after step {start}')
-    if self._lost_releases:
-      self.say(
-        f'warning: {self._lost_releases} noisy gradients were computed in another environment'
-        ' and cannot be replayed: they count as released, fresh keys are in force; the whole run'
-        f' will spend epsilon {self._plan.epsilon(self._releases(self._plan.steps)):.3f}'
-        f' instead of {self._plan.epsilon():.3f}'
-      )
+    self._say_start()
     return self
+
+  def _go_on(self, fresh: bool = False) -> None:
+    """Goes on from the newest checkpoint, or the start, under `fresh` keys if asked for."""
+    self._parts.close()
+    self._checkpoints.wait()
+    self.done = self._saved = self._checkpoints.latest_step() or 0
+    self._warned, self._bad_records = set(), 0
+    if self.done:
+      self.state = None  # two do not fit everywhere
+      self.state = self._checkpoints.restore(self.done, self._like)
+    elif fresh:
+      self.state = self._init_state()
+    keys = privacy.Keys(*map(tuple, processes.from_main(lambda: self._open_store(fresh))))
+    self._noise_key = self._layout.everywhere(keys.noise_key())
+    self._noise_state = self._plan.make_mechanism().init(
+      self._noise_key, self.done, self.state.params
+    )
+    # Before there are other threads: who may read new files is a matter of the whole process.
+    self._metrics = self._diagnostics = None
+    if processes.is_main():
+      self._metrics = metrics.MetricWriter(self._workdir, metrics.METRICS, self.done)
+      self._parts.callback(self._metrics.close)
+    if processes.is_main() and self._config.train.diagnostics:
+      self._diagnostics = metrics.MetricWriter(self._workdir, metrics.DIAGNOSTICS, self.done)
+      self._parts.callback(self._diagnostics.close)
+    self._batches = self._make_batches(keys)
+    self._elements = data.iterate(
+      self._batches,
+      self.done * self._batches.slots,
+      self._config.data.workers,
+      timeout_s=self._config.data.worker_timeout_s,
+    )
+    self._parts.callback(self._elements.close)
+
+  def _open_store(self, fresh: bool) -> privacy.Keys:
+    """Opens or renews keys and ledger, which only the main process does, and what follows."""
+    mark = None
+    if self.done:
+      mark = read_statement(pathlib.Path(self._checkpoints.path(self.done))).get('ledger')
+    if fresh:
+      self._store.renew(self.done, mark)
+    else:
+      try:
+        self._store = privacy.KeyStore(
+          secrets_directory(self._workdir),
+          resume_step=self.done,
+          mark=mark,
+          plan=dataclasses.asdict(self._plan),
+          seed=self._config.privacy.seed,
+        )
+      except ValueError as e:
+        raise UserError(str(e)) from e
+      # After the keys: a config without keys is a run that lost them.
+      write_whole(self._workdir / 'config.json', config_lib.to_json(self._config) + '\n')
+    if not self.done:
+      (self._workdir / 'privacy.json').unlink(missing_ok=True)
+    publish_statement(self._workdir)
+    self._forget_evaluations()
+    return self._store.keys
+
+  def _forget_evaluations(self) -> None:
+    """Removes those of steps to come, whose parameters may become others."""
+    for folder in self._workdir.glob('evals/step_*'):
+      step = folder.name.removeprefix('step_')
+      if step.isdecimal() and int(step) > self.done:
+        shutil.rmtree(folder)
+
+  def _make_batches(self, keys: privacy.Keys) -> data.LogicalBatches:
+    config = self._config
+    return data.LogicalBatches(
+      source=self._source,
+      transform=data.Transform(
+        config.data.image_size,
+        config.data.text_length,
+        self._tokenizer,
+        config.data.crop_scale,
+        config.data.flip,
+      ),
+      draw=self._plan.make_sampler(keys.sampling).draw,
+      augmentation_rng=functools.partial(augmentation_generator, keys.sampling),
+      steps=config.train.steps,
+      expected_batch_size=self._plan.expected_batch_size,
+      physical_batch=config.mesh.physical_batch,
+      batches_per_chunk=config.mesh.batches_per_chunk,
+      rows=self._layout.rows,
+      local_rows=self._layout.local_rows,
+    )
+
+  def _say_start(self) -> None:
+    """Tells where the run begins, what it does again, and what it has lost."""
+    if not processes.is_main():
+      return
+    store, plan = self._store, self._plan
+    if self.done:
+      self.say(f'resuming after step {self.done}')
+    if store.started > self.done:
+      self.say(
+        f'steps {self.done + 1} to {store.started} had been started: they are done again, and'
+        ' count once where they come out in the same bits'
+      )
+    if store.renewed:
+      self.say(f'warning: fresh keys are in force: {store.renewed}')
+    if store.lost_releases:
+      self.say(
+        f'warning: {store.lost_releases} noisy gradients were computed that are not in the history'
+        ' of this run: they count as released; the whole run will spend epsilon'
+        f' {plan.epsilon(store.releases(plan.steps)):.3f} instead of {plan.epsilon():.3f}'
+      )
 
   def __exit__(self, *failure):
     return self._stack.__exit__(*failure)
@@ -234,18 +286,17 @@ class _Run:
     with contextlib.suppress(*([UserError] if kind else [])):
       self._checkpoints.close()
 
-  def _releases(self, steps: int) -> int:
-    """Distinct noisy gradients computed by the time that the run has `steps`."""
-    return self._lost_releases + steps
-
   def say(self, line: str) -> None:
     """Tells the person who trains, on the main process."""
     if processes.is_main():
       self._progress.say(line)
 
   def one_step(self, stop: list[int]) -> bool:
-    """Does the next step and what is due after it; False if asked to stop before its release."""
-    accumulator, bad = self._step.zero(self.state.params), 0
+    """Does the next step and what is due after it; False if asked to stop before its release.
+
+    A step that had been done before and comes out otherwise is forgotten: the run goes back.
+    """
+    accumulator, bad, reasons = self._step.zero(self.state.params), 0, ()
     moments = itertools.count(self.done * (self._batches.slots + 1))
     for slot in range(self._batches.slots):
       if processes.stop_is_due(stop, next(moments)):
@@ -258,7 +309,7 @@ class _Run:
         # next ones are being loaded meanwhile.
         jax.block_until_ready(accumulator)
         accumulator = self._step.accumulate(self.state, accumulator, *inputs)
-        bad += self._note_bad(chunk)
+        bad, reasons = bad + chunk.bad, reasons or chunk.reasons
       self._progress.within_step(self.done, (slot + 1) / self._batches.slots)
     jax.block_until_ready(accumulator)
     if processes.stop_is_due(stop, next(moments)):
@@ -268,11 +319,25 @@ class _Run:
     # have any of its sum before the main one gives its part.
     if processes.is_main():
       self._store.begin(self.done)
-    self.state, self._noise_state, diagnostics = self._step.update(
+    self.state, self._noise_state, diagnostics, digest = self._step.update(
       self.state, accumulator, self._noise_key, self._noise_state
     )
+    # Until its digest is on disk nothing of the step leaves this process, nor, past the gather,
+    # any other.
+    exact = not processes.is_main() or self._store.record(self.done, digest)
+    gathered = processes.gather(np.array([bad, not exact], np.int32))
+    if gathered[:, 1].any():
+      step = self.done + 1
+      self._go_on(fresh=True)
+      self.say(
+        f'warning: step {step}, done again, came out in other bits than before (another machine,'
+        ' version, setting, or other data?): nothing of it is kept, and fresh keys are in force'
+      )
+      self._say_start()
+      return True
     self.done += 1
-    bad = int(processes.gather(np.array([bad], np.int32)).sum())
+    self._warn_of_bad(bad, reasons)
+    bad = int(gathered[:, 0].sum())
     self._bad_records += bad
     self._report(
       {k: float(v) for k, v in diagnostics.items()}
@@ -289,19 +354,19 @@ class _Run:
     next save, or now if `wait`.
     """
     if self._saved != self.done:
-      statement = self.statement()
+      statement = processes.from_main(
+        lambda: self.statement() | {'ledger': self._store.mark(self.done)}
+      )
       self._checkpoints.save(self.state, statement)  # waits for the one before
       self._publish()
-      self._saved, self._unpublished = self.done, statement
+      self._saved = self.done
     if wait:
       self._checkpoints.wait()
       self._publish()
 
   def _publish(self) -> None:
-    if self._unpublished and processes.is_main():
-      text = json.dumps(self._unpublished, indent=2) + '\n'
-      write_whole(self._workdir / 'privacy.json', text)
-    self._unpublished = None
+    if processes.is_main():
+      publish_statement(self._workdir)
 
   def evaluate_if_due(self) -> None:
     """Evaluates the checkpoint of this step, if the config says so and it was not done before."""
@@ -325,11 +390,11 @@ class _Run:
       self.say(f'step {self.done}: {name} {result.metric} {result.value:.1%} (n = {result.n:,})')
 
   def statement(self) -> dict[str, Any]:
-    """The privacy statement of the current state."""
+    """The privacy statement of the current state, on the main process."""
     return privacy.make_statement(
       self._plan,
       steps=self.done,
-      releases=self._releases(self.done),
+      releases=self._store.releases(self.done),
       clipping_strategy=self._clipping,
       clip_function=str(self._clip_function),
       fixed_seed=self._config.privacy.seed is not None,
@@ -348,7 +413,7 @@ class _Run:
     every, last = self._config.train.log_every, self._config.train.steps
     if self.done in (1, last) or self.done % every == 0:
       if self._metrics:
-        epsilon = self._plan.epsilon(self._releases(self.done))
+        epsilon = self._plan.epsilon(self._store.releases(self.done))
         self._metrics.write(
           self.done,
           {
@@ -359,22 +424,23 @@ class _Run:
         )
       if self._diagnostics:
         self._diagnostics.write(self.done, diagnostics)
-    self._progress.after_step(self.done, diagnostics['loss'], epsilon)
+    loss = diagnostics['loss']
+    self._progress.after_step(self.done, loss if math.isfinite(loss) else None, epsilon)
 
   def say_end(self) -> None:
     """Tells what the run reveals, and what was wrong with its data."""
     if self._bad_records:
       self.say(f'{self._bad_records:,} drawn records could not be used and contributed zero')
-    self.say(privacy.statement_text(self.statement()))
+    if processes.is_main():
+      self.say(privacy.statement_text(self.statement()))
 
-  def _note_bad(self, chunk) -> int:
-    if chunk.bad:
+  def _warn_of_bad(self, count: int, reasons: tuple[str, ...]) -> None:
+    if count:
       self._warn_once(
         'bad',
-        f'step {self.done + 1}: {chunk.bad} drawn records cannot be used and contribute zero'
-        f' ({"; ".join(chunk.reasons)}); further ones are only counted',
+        f'step {self.done}: {count} drawn records cannot be used and contribute zero'
+        f' ({"; ".join(reasons)}); further ones are only counted',
       )
-    return chunk.bad
 
   def _warn_once(self, kind: str, line: str) -> None:
     if kind not in self._warned:

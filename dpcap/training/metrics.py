@@ -6,41 +6,61 @@ says so, `diagnostics.private.jsonl` and TensorBoard events ending in `.private`
 switched off by `train.diagnostics=False`.
 """
 
+import contextlib
 import json
+import math
 import pathlib
+from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from dpcap.training.workdir import is_private, open_to_append, owner_only, write_whole
 
 METRICS = 'metrics.jsonl'
 DIAGNOSTICS = 'diagnostics.private.jsonl'
 
 
 class MetricWriter:
-  """Appends numbers to a JSON-lines file and to TensorBoard events."""
+  """Appends numbers to a JSON-lines file and to TensorBoard events.
 
-  def __init__(self, workdir: pathlib.Path, name: str, resume_step: int, suffix: str = ''):
+  Where the file's name says private, so does that of the events, and both are readable by the
+  owner only.
+  """
+
+  def __init__(self, workdir: pathlib.Path, name: str, resume_step: int):
     """Opens `workdir / name`, dropping lines past `resume_step`: they are replayed."""
-    path = workdir / name
+    path, events = workdir / name, workdir / 'tensorboard'
     if path.exists():
       kept = [line for line in read_jsonl(path) if line['step'] <= resume_step]
-      write_whole(path, ''.join(json.dumps(line) + '\n' for line in kept))
-    self._file = path.open('a')
-    self._events = SummaryWriter(
-      str(workdir / 'tensorboard'), filename_suffix=suffix, purge_step=resume_step + 1
-    )
+      write_whole(path, ''.join(map(_to_json, kept)))
+    self._file = open_to_append(path)
+    events.mkdir(exist_ok=True)
+    suffix = '.private' if is_private(path) else ''
+    for older in events.glob('*.private'):
+      older.chmod(0o600)
+    # The events' file is TensorBoard's own to make.
+    with owner_only() if suffix else contextlib.nullcontext():
+      self._events = SummaryWriter(
+        str(events), filename_suffix=suffix, purge_step=resume_step + 1
+      )
 
   def write(self, step: int, values: dict[str, float | str | None]) -> None:
-    """Writes one line; numbers go to TensorBoard too."""
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    """Writes one line, of which finite numbers go to TensorBoard too; others are null."""
+    self._file.write(_to_json({'step': step, **values}))
     self._file.flush()
     for name, value in values.items():
-      if isinstance(value, (int, float)):
+      if isinstance(value, (int, float)) and math.isfinite(value):
         self._events.add_scalar(name, value, step)
 
   def close(self) -> None:
     """Flushes and closes both."""
     self._file.close()
     self._events.close()
+
+
+def _to_json(line: dict[str, Any]) -> str:
+  finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+  return json.dumps({k: finite(v) for k, v in line.items()}, allow_nan=False) + '\n'
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
@@ -54,10 +74,3 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
       break
     lines.append(line)
   return lines
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that it is never seen half written."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(text)
-  temporary.replace(path)

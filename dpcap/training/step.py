@@ -3,7 +3,8 @@
 accumulator = step.zero(params)
 for chunk in logical batch:                      # as many as the draw needs
     accumulator = step.accumulate(state, accumulator, chunk)
-state, noise_state, diagnostics = step.update(state, accumulator, noise_key, noise_state)
+state, noise_state, diagnostics, digest = step.update(
+    state, accumulator, noise_key, noise_state)
 
 Each row of the mesh adds up the physical batches that it is given, by itself: no device
 waits for another while a logical batch goes on. Then every parameter's sums are reduced once,
@@ -116,14 +117,14 @@ class Step:
     accumulate: (state, accumulator, examples, mask, live) -> accumulator; the examples'
       leading axes are (rows, batches, physical batch); of the batches of row r the first
       live[r] are summed. The accumulator is donated.
-    update: (state, accumulator, noise_key, noise_state) -> (state, noise_state, diagnostics).
-      The state is donated. The key is an argument: a constant would end up in
-      compiled programs and their caches on disk.
+    update: (state, accumulator, noise_key, noise_state) -> (state, noise_state, diagnostics,
+      digest), the last of the noisy sum (`privacy.digest`). The state is donated. The key is
+      an argument: a constant would end up in compiled programs and their caches on disk.
   """
 
   zero: Callable[[PyTree], Accumulator]
   accumulate: Callable[..., Accumulator]
-  update: Callable[..., tuple[TrainState, PyTree, dict[str, jax.Array]]]
+  update: Callable[..., tuple[TrainState, PyTree, dict[str, jax.Array], jax.Array]]
 
 
 def make_step(
@@ -225,6 +226,10 @@ def make_step(
     # same numbers on every shard.
     clipped = reduce(accumulator.sum.value())
     noisy, noise_state = mechanism.add_noise(noise_key, state.step, clipped, noise_state)
+    # Behind the barrier both read the same numbers: a compiler that computes a sum once for
+    # the digest and once for the optimizer may round it in two ways.
+    noisy = jax.lax.optimization_barrier(noisy)
+    digest = jax.lax.with_sharding_constraint(privacy.digest(noisy), layout.whole())
     # The expected batch size is public, the sampled one is not.
     grads = jax.tree.map(lambda g: g / plan.expected_batch_size, noisy)
     grads = jax.lax.with_sharding_constraint(grads, layout.shards(grads))
@@ -237,7 +242,7 @@ def make_step(
     )
     new_state = jax.lax.with_sharding_constraint(new_state, state_layout(layout, new_state))
     counts = jax.tree.map(jnp.sum, accumulator._replace(sum=None))
-    return new_state, noise_state, _diagnostics(counts, plan.private)
+    return new_state, noise_state, _diagnostics(counts, plan.private), digest
 
   return Step(
     zero=jax.jit(zero),

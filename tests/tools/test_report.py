@@ -436,6 +436,30 @@ def test_writes_and_prints(tmp_path, capsys):
   assert [PRIVATE_FIGURES[0] in texts[name] for name in names] == [False, True]
 
 
+def test_the_private_page_is_readable_by_the_owner_only(tmp_path):
+  path = write_run(tmp_path, **FULL) / 'report.private.html'
+  path.write_text('as an older version left it')
+  path.chmod(0o666)
+  report.write_report(tmp_path)
+  assert path.stat().st_mode & 0o777 == 0o600
+  assert PRIVATE_FIGURES[0] in path.read_text()
+
+
+def test_the_statement_is_that_of_the_newest_whole_checkpoint(tmp_path):
+  """A run was killed between its checkpoint and privacy.json, and is writing the next one."""
+  write_run(tmp_path)
+  stale = json.loads((tmp_path / 'privacy.json').read_text())
+  for step, name in ((900, '900'), (1200, '1200'), (1300, '1300.orbax-checkpoint-tmp')):
+    folder = tmp_path / 'checkpoints' / name / 'privacy'
+    folder.mkdir(parents=True)
+    (folder / 'metadata').write_text(json.dumps(stale | {'steps': step}))
+  assert read_run(tmp_path).statement['steps'] == 1200
+  assert json.loads((tmp_path / 'privacy.json').read_text())['steps'] == 1200
+  (tmp_path / 'checkpoints/1200/privacy/metadata').write_text('{"st')
+  with pytest.raises(UserError, match='1200/privacy/metadata: cannot be read.*remove it'):
+    read_run(tmp_path)
+
+
 def test_program_refuses_in_one_line(tmp_path, program):
   workdir = tmp_path / 'absent'
   process = program('tools.report', f'--workdir={workdir}')

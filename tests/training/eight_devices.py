@@ -123,13 +123,15 @@ def run(devices: int, model_parallel: int, clipping: str, folder: pathlib.Path) 
       shapes = [x.shape for x in jax.tree.leaves(state.params)]
       out['parameters'] = len(shapes)
       out['scattered'] = sum(layout.scattered_axis(shape) is not None for shape in shapes)
-    state, _, diagnostics = update(state, accumulator, key, ())
+    state, _, diagnostics, _ = update(state, accumulator, key, ())
     out['losses'].append(float(diagnostics['loss']))
     out['drawn'].append(drawn)
     if (devices, model_parallel, i) == (*WRITER, 0):
       checkpoints.save(state, {})
   checkpoints.close()
   out['params'] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)]).tolist()
+  # Of nothing but noise: any order of summation gives the same bits.
+  out['digest'] = update(state, step.zero(state.params), key, ())[-1].tolist()
   return out
 
 

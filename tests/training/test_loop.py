@@ -230,22 +230,263 @@ def _crash_after(monkeypatch, steps):
   monkeypatch.setattr(loop._Run, 'save', dying)
 
 
-def test_inexact_replay_gets_fresh_noise_and_counts_again(tmp_path, monkeypatch, capfd):
-  """Steps 3 and 4 were computed, not saved, and can't be repeated bit for bit elsewhere."""
-  workdir = tmp_path / 'run'
-  with monkeypatch.context() as patch, pytest.raises(_Crash):
+def _fast(**changes):
+  return _config(privacy__clipping='vmap', privacy__seed=None, **changes)
+
+
+@pytest.fixture(scope='module', name='crashed_run')
+def _crashed_run(tmp_path_factory):
+  """The workdir of a run that saved after step 2 and died after step 4."""
+  workdir = tmp_path_factory.mktemp('crashed') / 'run'
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(_Crash):
     _crash_after(patch, 4)
-    loop.train(_config(privacy__seed=None), workdir)
-  path = loop.secrets_directory(workdir) / 'keys.json'
-  before = json.loads(path.read_text())
-  loop.train(_config(privacy__seed=None, mesh__physical_batch=4), workdir)
-  after = json.loads(path.read_text())
+    loop.train(_fast(), workdir)
+  return workdir
+
+
+@pytest.fixture(name='crashed')
+def _crashed(crashed_run, tmp_path):
+  """A copy of it, to go on with."""
+  return _copy(crashed_run, tmp_path / 'run')
+
+
+@pytest.fixture(scope='module', name='finished_run')
+def _finished_run(crashed_run, tmp_path_factory):
+  """The same run, gone on to its end with the same bits."""
+  workdir = _copy(crashed_run, tmp_path_factory.mktemp('finished') / 'run')
+  loop.train(_fast(), workdir)
+  assert _statement(workdir)['releases'] == tiny.STEPS
+  return workdir
+
+
+@pytest.fixture(name='finished')
+def _finished(finished_run, tmp_path):
+  """A copy of it, to go on with."""
+  return _copy(finished_run, tmp_path / 'finished')
+
+
+def _copy(workdir, to):
+  shutil.copytree(loop.secrets_directory(workdir), loop.secrets_directory(to))
+  return pathlib.Path(shutil.copytree(workdir, to))
+
+
+def _keys(workdir):
+  return json.loads((loop.secrets_directory(workdir) / 'keys.json').read_text())
+
+
+def _statement(workdir):
+  return json.loads((workdir / 'privacy.json').read_text())
+
+
+# Sums of other physical batches round differently.
+_OTHER_BITS = dict(mesh__physical_batch=4)
+
+
+def test_steps_that_come_out_otherwise_get_fresh_noise_and_count_again(crashed, capfd):
+  """Steps 3 and 4 were computed, not saved, and can't be repeated bit for bit elsewhere."""
+  before = _keys(crashed)
+  loop.train(_fast(**_OTHER_BITS), crashed)
+  after = _keys(crashed)
   assert before['noise'] != after['noise'] and before['sampling'] != after['sampling']
-  statement = json.loads((workdir / 'privacy.json').read_text())
+  assert [era['start'] for era in after['eras']] == [0, 2]
+  statement = _statement(crashed)
   assert (statement['steps'], statement['releases']) == (tiny.STEPS, tiny.STEPS + 2)
-  plan = build.make_plan(_config(), 400)
-  assert statement['epsilon']['pld'] == pytest.approx(plan.epsilon(tiny.STEPS + 2))
-  assert 'fresh keys' in capfd.readouterr().err
+  epsilon = build.make_plan(_config(), 400).epsilon(tiny.STEPS + 2)
+  assert statement['epsilon']['pld'] == pytest.approx(epsilon)
+  screen = capfd.readouterr().err
+  assert 'step 3, done again, came out in other bits' in screen and 'fresh keys' in screen
+  assert '2 noisy gradients were computed' in screen and f'epsilon {epsilon:.3f}' in screen
+
+
+def test_nothing_is_kept_of_a_step_that_came_out_otherwise(crashed, monkeypatch):
+  """Not on disk, not on the screen: what is written after it is of the new step 3."""
+  events, update = [], step_lib.make_step
+  steps = []
+
+  def spied(*args, **kwargs):
+    step = update(*args, **kwargs)
+
+    def one(*inputs):
+      out = step.update(*inputs)
+      steps.append(float(out[2]['loss']))
+      return out
+
+    return dataclasses.replace(step, update=one)
+
+  monkeypatch.setattr(loop, 'make_step', spied)
+  for place, name in (
+    (loop.Progress, 'after_step'),
+    (loop.metrics.MetricWriter, 'write'),
+    (Checkpoints, 'save'),
+  ):
+    real = getattr(place, name)
+
+    def spy(self, *args, _real=real, _name=name):
+      events.append((_name, len(steps)))
+      return _real(self, *args)
+
+    monkeypatch.setattr(place, name, spy)
+  loop.train(_fast(**_OTHER_BITS), crashed)
+  # Five steps were computed, of which the first was thrown away before anything was said of it.
+  assert len(steps) == 1 + tiny.STEPS - 2
+  assert min(computed for _, computed in events) == 2
+  lines = _lines(crashed / 'diagnostics.private.jsonl')
+  assert [line['step'] for line in lines] == list(range(1, tiny.STEPS + 1))
+  assert [line['loss'] for line in lines[2:]] == steps[1:]
+
+
+def test_a_later_step_that_comes_out_otherwise_takes_the_earlier_ones_with_it(
+  crashed, monkeypatch
+):
+  """Step 3 is repeated exactly, step 4 is not: both are lost, and done under fresh keys."""
+  diagnostics, make = crashed / 'diagnostics.private.jsonl', step_lib.make_step
+  old = _lines(diagnostics)
+  updates = []
+
+  def spied(*args, **kwargs):
+    step = make(*args, **kwargs)
+
+    def other_bits_at_the_second(*inputs):
+      *out, digest = step.update(*inputs)
+      updates.append(int(out[0].step))
+      return *out, digest ^ (len(updates) == 2)
+
+    return dataclasses.replace(step, update=other_bits_at_the_second)
+
+  monkeypatch.setattr(loop, 'make_step', spied)
+  loop.train(_fast(), crashed)
+  assert updates == [3, 4, 3, 4, 5, 6]
+  assert _statement(crashed)['releases'] == tiny.STEPS + 2
+  lines = _lines(diagnostics)
+  assert [line['step'] for line in lines] == list(range(1, tiny.STEPS + 1))
+  assert lines[:2] == old[:2]
+  # Fresh keys draw other examples.
+  assert lines[2]['loss'] != old[2]['loss']
+
+
+def test_exact_replay_counts_once_wherever_it_runs(crashed, monkeypatch):
+  """What only might have changed the bits does not count: other settings, other code."""
+  before = _keys(crashed)
+  monkeypatch.setenv('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
+  monkeypatch.setattr('importlib.metadata.version', lambda name: 'another')
+  loop.train(_fast(mesh__batches_per_chunk=1), crashed)
+  assert _statement(crashed)['releases'] == tiny.STEPS
+  assert _keys(crashed)['noise'] == before['noise']
+
+
+def test_what_a_description_of_the_machine_would_miss_is_seen(crashed, monkeypatch):
+  """One bit of one sum, whatever the reason."""
+  add = step_lib.privacy.RunningSum.value
+
+  def value(self):
+    leaves, tree = jax.tree.flatten(add(self))
+    leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].multiply(1 + 2**-12)
+    return tree.unflatten(leaves)
+
+  monkeypatch.setattr(step_lib.privacy.RunningSum, 'value', value)
+  loop.train(_fast(), crashed)
+  assert _statement(crashed)['releases'] == tiny.STEPS + 2
+
+
+def test_a_step_that_was_never_recorded_is_no_second_release(crashed, monkeypatch):
+  """Killed between begin and record, and resumed where it comes out otherwise."""
+
+  def crash(*_):
+    raise _Crash
+
+  with monkeypatch.context() as patch, pytest.raises(_Crash):
+    record = loop.privacy.KeyStore.record
+    patch.setattr(
+      loop.privacy.KeyStore,
+      'record',
+      lambda store, step, digest: (crash if step == 4 else record)(store, step, digest),
+    )
+    loop.train(_fast(), crashed)
+  assert _keys(crashed)['started'] == 5
+  loop.train(_fast(**_OTHER_BITS), crashed)
+  assert _statement(crashed)['releases'] == tiny.STEPS
+
+
+def test_events_of_a_step_come_in_the_order_that_keeps_the_count(tmp_path, monkeypatch):
+  """On disk before noise is drawn: it began. Before anything leaves: what it released."""
+  events, make = [], step_lib.make_step
+
+  def noted(name, function):
+    def call(*args, **kwargs):
+      events.append(name)
+      return function(*args, **kwargs)
+
+    return call
+
+  def spied(*args, **kwargs):
+    step = make(*args, **kwargs)
+    return dataclasses.replace(step, update=noted('update', step.update))
+
+  monkeypatch.setattr(loop, 'make_step', spied)
+  for place, name in (
+    (loop.privacy.KeyStore, 'begin'),
+    (loop.privacy.KeyStore, 'record'),
+    (loop.processes, 'gather'),
+    (loop.metrics.MetricWriter, 'write'),
+    (loop.Progress, 'after_step'),
+    (loop._Run, '_warn_once'),
+    (Checkpoints, 'save'),
+    (loop.Evaluations, 'run'),
+  ):
+    monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
+  # Every step has something to say, of a record that cannot be used.
+  draw = loop.data.LogicalBatches.__getitem__
+  monkeypatch.setattr(
+    loop.data.LogicalBatches,
+    '__getitem__',
+    lambda self, i: [c._replace(bad=1, reasons=['why']) for c in draw(self, i)],
+  )
+  loop.train(_fast(train__evaluate_at=(2,)), tmp_path / 'run')
+  assert events[0] == 'begin'
+  steps = ' '.join(events).split('begin ')[1:]
+  assert len(steps) == tiny.STEPS
+  for step in steps:
+    assert step.split()[:4] == ['update', 'record', 'gather', '_warn_once']
+    assert not {'update', 'record', '_warn_once'} & set(step.split()[4:])
+  assert {'write', 'after_step', 'save', 'run'} <= set(steps[1].split())
+
+
+def _take_away(workdir, *steps):
+  for step in steps:
+    shutil.rmtree(workdir / 'checkpoints' / str(step))
+
+
+def test_the_checkpoints_of_a_copy_are_refused(crashed, finished):
+  """The copy went on under fresh keys; at its parameters this run's noise must not come again."""
+  loop.train(_fast(**_OTHER_BITS), crashed)
+  _take_away(finished, 4, 6)
+  shutil.copytree(crashed / 'checkpoints/4', finished / 'checkpoints/4')
+  before, files = _keys(finished), sorted(finished.rglob('*'))
+  _refused(_fast(), finished, 'checkpoint at step 4', 'a copy of this one', 'bring back')
+  assert _keys(finished) == before and sorted(finished.rglob('*')) == files
+
+
+def test_an_older_checkpoint_is_compared_step_by_step(finished):
+  """The newest ones were taken away; all steps since are done again."""
+  _take_away(finished, 4, 6)
+  loop.train(_fast(), finished)
+  assert _statement(finished)['releases'] == tiny.STEPS
+
+
+def test_all_steps_since_an_older_checkpoint_are_lost_together(finished):
+  _take_away(finished, 4, 6)
+  loop.train(_fast(**_OTHER_BITS), finished)
+  assert _statement(finished)['releases'] == 2 * tiny.STEPS - 2
+
+
+def test_evaluations_of_steps_to_come_are_done_again(crashed):
+  """Of a checkpoint that was taken away: under fresh keys step 4 has other parameters."""
+  early, late = (crashed / f'evals/step_{step}/written.json' for step in (2, 4))
+  for path in (early, late):
+    path.parent.mkdir(parents=True)
+    path.write_text('{}')
+  loop.train(_fast(train__evaluate_at=(2, 4), **_OTHER_BITS), crashed)
+  assert early.read_text() == '{}' and json.loads(late.read_text())['n'] == 5
 
 
 def test_crash_before_the_first_checkpoint_replays_from_the_start(tmp_path, monkeypatch):
@@ -260,9 +501,9 @@ def test_crash_before_the_first_checkpoint_replays_from_the_start(tmp_path, monk
   assert json.loads((workdir / 'privacy.json').read_text())['releases'] == tiny.STEPS
 
 
-@pytest.mark.parametrize('where', ['begin', 'update', 'report', 'checkpoint'])
+@pytest.mark.parametrize('where', ['begin', 'update', 'record', 'report', 'checkpoint'])
 def test_crash_anywhere_in_a_step_resumes_to_the_same_bits(tmp_path, monkeypatch, reference, where):
-  """Before the ledger, between ledger and release, after the release, and while saving."""
+  """Before the ledger, before, in and after the release, and while saving."""
   workdir, config = tmp_path / 'run', _config(train__steps=_LONG)
 
   def crash(*_, **__):
@@ -277,6 +518,8 @@ def test_crash_anywhere_in_a_step_resumes_to_the_same_bits(tmp_path, monkeypatch
           run._store.begin = crash
         elif where == 'update':
           run._step = dataclasses.replace(run._step, update=crash)
+        elif where == 'record':
+          run._store.record = crash
         elif where == 'report':
           run._report = crash
         else:
@@ -290,24 +533,43 @@ def test_crash_anywhere_in_a_step_resumes_to_the_same_bits(tmp_path, monkeypatch
   assert json.loads((workdir / 'privacy.json').read_text())['releases'] == _LONG
 
 
-def test_other_data_or_plan_is_never_replayed_under_the_same_noise(tmp_path, monkeypatch):
+def test_other_data_or_plan_is_never_replayed_under_the_same_noise(crashed, monkeypatch):
   """N is the source's own: it grew between the crash and the restart."""
-  workdir = tmp_path / 'run'
-  config = _config(privacy__seed=None)
-  with monkeypatch.context() as patch, pytest.raises(_Crash):
-    _crash_after(patch, 4)
-    loop.train(config, workdir)
+  make = build.make_training_source
   with monkeypatch.context() as patch:
-    make = build.make_training_source
     larger = lambda config: dataclasses.replace(make(config), size=401)
     patch.setattr(build, 'make_training_source', larger)
-    _refused(config, workdir, 'dataset_size = 400', '401')
+    _refused(_fast(), crashed, 'dataset_size = 400', '401')
   # Same N, other records: their gradients differ, so they get other noise and count anew.
-  make = build.make_training_source
   other = lambda config: dataclasses.replace(make(config), split='validation')
   monkeypatch.setattr(build, 'make_training_source', other)
-  loop.train(config, workdir)
-  assert json.loads((workdir / 'privacy.json').read_text())['releases'] == tiny.STEPS + 2
+  loop.train(_fast(), crashed)
+  assert _statement(crashed)['releases'] == tiny.STEPS + 2
+
+
+def test_a_statement_that_a_crash_left_behind_is_mended(finished):
+  """Killed between the last checkpoint and its statement: nothing is left to do but this."""
+  path = finished / 'privacy.json'
+  right = path.read_text()
+  path.write_text((finished / 'checkpoints/4/privacy/metadata').read_text())
+  loop.train(_fast(), finished)
+  assert path.read_text() == right and _statement(finished)['steps'] == tiny.STEPS
+
+
+@pytest.mark.parametrize('steps', [2, 0])
+def test_a_statement_is_mended_before_the_next_step(crashed, monkeypatch, steps):
+  """Also where all checkpoints were taken away and the run begins again."""
+  (crashed / 'privacy.json').write_text('{"steps": 1}')
+  if not steps:
+    shutil.rmtree(crashed / 'checkpoints')
+
+  def crash(*_):
+    raise _Crash
+
+  monkeypatch.setattr(loop._Run, 'one_step', crash)
+  with pytest.raises(_Crash):
+    loop.train(_fast(), crashed)
+  assert _statement(crashed)['steps'] == 2 if steps else not (crashed / 'privacy.json').exists()
 
 
 def test_keys_lost_before_the_first_checkpoint_are_missed(tmp_path, monkeypatch):
@@ -363,7 +625,7 @@ def test_loss_nan_goes_on_and_says_so(tmp_path, monkeypatch, capfd):
 
 def test_run_without_privacy_says_so(tmp_path, capfd):
   loop.train(_config(privacy__noise_multiplier=None, privacy__epsilon=np.inf), tmp_path / 'run')
-  statement = json.loads((tmp_path / 'run/privacy.json').read_text())
+  statement = _statement(tmp_path / 'run')
   assert not statement['private'] and statement['epsilon'] == {'pld': None, 'rdp': None}
   assert 'NO privacy' in capfd.readouterr().err
 
@@ -432,3 +694,78 @@ def test_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
 
   monkeypatch.setattr('orbax.checkpoint.CheckpointManager.save', full)
   _refused(_config(), tmp_path / 'run', 'No space left on device', tmp_path / 'run')
+
+
+@pytest.mark.parametrize('name', ['.', 'sub/..', 'run/', './sub/../run', 'link'])
+def test_keys_lie_beside_the_workdir_by_whatever_path_it_is_named(tmp_path, monkeypatch, name):
+  """One run has one ledger: a link to the workdir is the workdir."""
+  (tmp_path / 'run/sub').mkdir(parents=True)
+  (tmp_path / 'sub').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path / 'run')
+  monkeypatch.chdir(tmp_path / 'run' if name in ('.', 'sub/..') else tmp_path)
+  assert loop.secrets_directory(pathlib.Path(name)) == tmp_path / 'run.secrets'
+
+
+def test_a_workdir_named_with_dots_keeps_its_keys_out(tmp_path, monkeypatch):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path / 'run')
+  (tmp_path / 'vault').mkdir()
+  (tmp_path / 'run.secrets').symlink_to(tmp_path / 'vault')  # keys may be kept elsewhere
+  monkeypatch.chdir(tmp_path / 'run')
+  config = _fast(train__steps=2)
+  loop.train(config, pathlib.Path('.'))
+  loop.train(config, tmp_path / 'link')
+  assert (tmp_path / 'vault/keys.json').exists()
+  assert stat.S_IMODE((tmp_path / 'vault').stat().st_mode) == 0o700
+  assert not list((tmp_path / 'run').rglob('keys.json'))
+  assert {path.name for path in tmp_path.iterdir()} == {'run', 'link', 'vault', 'run.secrets'}
+
+
+def test_64_bits_are_refused_before_anything_is_made(tmp_path):
+  with jax.enable_x64(True):
+    _refused(_config(), tmp_path / 'run', 'JAX_ENABLE_X64')
+  assert not list(tmp_path.iterdir())
+
+
+def _private(workdir):
+  return {path.name: stat.S_IMODE(path.stat().st_mode) for path in workdir.rglob('*.private*')}
+
+
+def test_what_is_private_is_readable_by_the_owner_only(crashed, monkeypatch):
+  """From the moment that it is there, and where an older file was open to all."""
+  for path in crashed.rglob('*.private*'):
+    path.chmod(0o666)
+  seen, real = [], os.open
+
+  def watched(path, flags, mode=0o777, **kwargs):
+    if '.private.' in pathlib.Path(path).name and flags & os.O_CREAT:
+      seen.append(mode)
+    return real(path, flags, mode, **kwargs)
+
+  monkeypatch.setattr(os, 'open', watched)
+  before = os.umask(0)
+  try:
+    loop.train(_fast(), crashed)
+  finally:
+    os.umask(before)
+  modes = _private(crashed)
+  assert set(modes.values()) == {0o600}, modes
+  assert len(modes) == 3 and 'diagnostics.private.jsonl' in modes
+  assert seen and set(seen) == {0o600}
+  assert stat.S_IMODE((crashed / 'metrics.jsonl').stat().st_mode) == 0o666
+
+
+def test_draws_of_nobody_are_json_and_no_warning(tmp_path, caplog):
+  config = _fast(privacy__expected_batch_size=1, privacy__noise_multiplier=9.0, train__steps=8)
+  config.privacy.seed = 1
+  loop.train(config, tmp_path / 'run')
+
+  def refuse(name):
+    raise AssertionError(f'{name} is no JSON')
+
+  text = (tmp_path / 'run/diagnostics.private.jsonl').read_text()
+  lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+  empty = [line for line in lines if line['examples'] == 0]
+  assert 0 < len(empty) < 8
+  assert all((line['loss'] is None) == (line['examples'] == 0) for line in lines)
+  assert not [r for r in caplog.records if 'NaN' in r.getMessage()]

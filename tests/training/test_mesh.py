@@ -32,6 +32,12 @@ def test_any_mesh_computes_what_one_device_does(runs, mesh):
   np.testing.assert_allclose(many['params'], one['params'], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize('mesh', MESHES)
+def test_equal_bits_have_equal_digests_on_any_mesh(runs, mesh):
+  assert runs[mesh]['digest'] == runs['1/1']['digest']
+  assert len(set(runs[mesh]['digest'])) == 4
+
+
 def test_a_checkpoint_moves_to_another_number_of_devices(runs):
   # What test_any_mesh_computes_what_one_device_does holds to was half done by eight devices.
   assert len(runs['8/1']['losses']) == 2 and len(runs['4/1']['losses']) == 1
@@ -54,7 +60,8 @@ def test_each_parameter_is_reduced_and_gathered_once_a_step(runs, mesh):
   assert scattered > 0
   assert run['update'] == {
     'reduce-scatter': scattered,
-    'all-reduce': run['parameters'] - scattered + diagnostics,
+    # Of a parameter that is cut, the four numbers that the digest takes of it.
+    'all-reduce': run['parameters'] - scattered + diagnostics + scattered,
     'all-gather': scattered,
   }
   # The two moments of Adam.

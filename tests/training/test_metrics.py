@@ -1,5 +1,11 @@
 """Metrics are appended, and lines that will be replayed go."""
 
+import json
+import os
+import stat
+
+import pytest
+
 from dpcap.training import metrics
 
 
@@ -20,7 +26,52 @@ def test_lines_past_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 def test_tensorboard_events_of_diagnostics_say_private_in_their_name(tmp_path):
   metrics.MetricWriter(tmp_path, metrics.METRICS, 0).close()
-  metrics.MetricWriter(tmp_path, metrics.DIAGNOSTICS, 0, suffix='.private').close()
+  metrics.MetricWriter(tmp_path, metrics.DIAGNOSTICS, 0).close()
   names = [path.name for path in (tmp_path / 'tensorboard').iterdir()]
   assert len(names) == 2 and sum(name.endswith('.private') for name in names) == 1
   assert 'private' in metrics.DIAGNOSTICS
+
+
+def _mode(path):
+  return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize('name, mode', [(metrics.METRICS, 0o644), (metrics.DIAGNOSTICS, 0o600)])
+def test_private_files_are_made_for_the_owner_only(tmp_path, monkeypatch, name, mode):
+  """Also for a moment: TensorBoard opens its own file, under a umask that lets nobody in."""
+  masks, real = [], metrics.SummaryWriter
+
+  def writer(*args, **kwargs):
+    masks.append(os.umask(0))
+    os.umask(masks[-1])
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(metrics, 'SummaryWriter', writer)
+  before = os.umask(0o022)
+  try:
+    for resume_step in (0, 1):
+      opened = metrics.MetricWriter(tmp_path, name, resume_step)
+      opened.write(1 + resume_step, {'x': 1.0})
+      opened.close()
+      paths = [tmp_path / name, *(tmp_path / 'tensorboard').iterdir()]
+      assert {_mode(path) for path in paths} == {mode}
+      for path in paths:
+        path.chmod(0o666 & ~0o022)  # as an older version left them
+    assert os.umask(0o022) == 0o022
+  finally:
+    os.umask(before)
+  assert masks == [0o077 if mode == 0o600 else 0o022] * 2
+
+
+def test_numbers_that_are_none_are_null(tmp_path):
+  path = tmp_path / 'm.jsonl'
+  path.write_text('{"step": 1, "x": NaN, "y": 2.0}\n')  # of an older version
+  writer = metrics.MetricWriter(tmp_path, 'm.jsonl', 1)
+  writer.write(2, {'x': float('nan'), 'y': float('-inf'), 'z': 3})
+  writer.close()
+
+  def refuse(name):
+    raise AssertionError(name)
+
+  lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+  assert lines == [{'step': 1, 'x': None, 'y': 2.0}, {'step': 2, 'x': None, 'y': None, 'z': 3}]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -24,7 +25,7 @@ _CHANGES = {
 }
 
 
-def _start(program, workdir, count=2):
+def _start(program, workdir, *arguments, count=2):
   """Two processes of two devices each."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
@@ -36,6 +37,7 @@ def _start(program, workdir, count=2):
       '--config=tests/tiny.py',
       f'--workdir={workdir}',
       *flags,
+      *arguments,
       JAX_COORDINATOR_ADDRESS=address,
       JAX_NUM_PROCESSES=str(count),
       JAX_PROCESS_ID=str(i),
@@ -105,6 +107,15 @@ def test_two_processes_stopped_and_killed_compute_what_one_does(program, tmp_pat
   assert many['n'] == one['n'] == 5
   assert [c['index'] for c in many['captions']] == [c['index'] for c in one['captions']]
   assert many['perplexity'] == pytest.approx(one['perplexity'], rel=1e-4)
+
+  # Where a step that is done again comes out in other bits, which the main one sees, all go back.
+  shutil.rmtree(workdir / f'checkpoints/{_STEPS}')
+  running = _start(program, workdir, '--config.mesh.physical_batch=4')
+  errors = [p.communicate(timeout=120)[1] for p in running]
+  assert [p.returncode for p in running] == [0, 0], errors
+  assert f'step {_STEPS - 1}, done again, came out in other bits' in errors[0]
+  statement = json.loads((workdir / 'privacy.json').read_text())
+  assert (statement['steps'], statement['releases']) == (_STEPS, _STEPS + 2)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_update_divides_by_expected_not_sampled_batch_size(rng, drawn):
   key = jax.random.key(int(rng.integers(1 << 31)))
   noisy, _ = _plan().make_mechanism().add_noise(key, 0, _total(accumulator), ())
   expected = jax.tree.map(lambda p, g: p - g / _EXPECTED, state.params, noisy)
-  new_state, _, _ = step.update(_copy(state), accumulator, key, ())
+  new_state, _, _, _ = step.update(_copy(state), accumulator, key, ())
   _close(new_state.params, expected)
   assert new_state.step == 1
 
@@ -148,7 +148,7 @@ def test_noise_is_added_once_however_many_physical_batches(rng):
     noise = []
     for _ in range(30):
       accumulator = _accumulate(step, state, examples, mask, physical)
-      new, _, _ = step.update(
+      new, _, _, _ = step.update(
         _copy(state), accumulator, jax.random.key(int(rng.integers(1 << 31))), ()
       )
       moved = jax.tree.map(lambda a, b: (a - b) * _EXPECTED, state.params, new.params)
@@ -168,10 +168,19 @@ def test_noise_differs_between_steps_and_repeats_on_replay(rng):
   assert not np.allclose(jax.tree.leaves(first.params)[1], jax.tree.leaves(second.params)[1])
 
 
+def test_the_digest_is_that_of_what_is_released(rng):
+  step, state = _make(_plan())
+  accumulator = _accumulate(step, state, _examples(rng), np.ones(_BATCH, bool), 4)
+  key = jax.random.key(3)
+  noisy, _ = jax.jit(_plan().make_mechanism().add_noise)(key, 0, _total(accumulator), ())
+  *_, digest = step.update(_copy(state), accumulator, key, ())
+  np.testing.assert_array_equal(digest, privacy.digest(noisy))
+
+
 def test_frozen_tensors_never_move(rng):
   step, state = _make(_plan())
   accumulator = _accumulate(step, state, _examples(rng), np.ones(_BATCH, bool), 4)
-  new, _, _ = step.update(_copy(state), accumulator, jax.random.key(0), ())
+  new, _, _, _ = step.update(_copy(state), accumulator, jax.random.key(0), ())
   jax.tree.map(np.testing.assert_array_equal, new.frozen, state.frozen)
 
 
@@ -185,7 +194,7 @@ def test_non_finite_loss_contributes_zero_and_is_counted(rng):
   )
   assert accumulator.unusable == _BATCH
   assert all(np.all(g == 0) for g in jax.tree.leaves(_total(accumulator)))
-  new, _, diagnostics = step.update(_copy(state), accumulator, jax.random.key(0), ())
+  new, _, diagnostics, _ = step.update(_copy(state), accumulator, jax.random.key(0), ())
   assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(new.params))
   assert diagnostics['unusable_gradients'] == _BATCH
 
@@ -202,7 +211,7 @@ def test_step_without_privacy_is_the_plain_gradient(rng):
   step, state = _make(plan)
   examples = _examples(rng)
   accumulator = _accumulate(step, state, examples, np.ones(_BATCH, bool), 4)
-  new, _, _ = step.update(_copy(state), accumulator, jax.random.key(0), ())
+  new, _, _, _ = step.update(_copy(state), accumulator, jax.random.key(0), ())
   loss_fn = step_lib.example_loss(Tiny(), state.frozen)
   total = jax.grad(
     lambda p: sum(loss_fn(p, jax.tree.map(lambda x, i=i: x[i], examples)) for i in range(_BATCH))

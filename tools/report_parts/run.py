@@ -9,6 +9,7 @@ import ml_collections
 from dpcap import config as config_lib
 from dpcap.errors import UserError
 from dpcap.training import metrics
+from dpcap.training.workdir import publish_statement
 
 
 class Run(NamedTuple):
@@ -52,6 +53,7 @@ def read_run(workdir: pathlib.Path) -> Run:
     config_lib.validate(config)
   except UserError as e:
     raise UserError(f'{workdir / "config.json"}: {e}') from e
+  publish_statement(workdir)
   return Run(
     config=config,
     statement=_read_json(workdir / 'privacy.json'),

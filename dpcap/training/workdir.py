@@ -1,0 +1,99 @@
+"""What stands in a workdir besides checkpoints, and who may read it."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from dpcap.errors import UserError
+
+
+def newest_checkpoint(workdir: pathlib.Path) -> pathlib.Path | None:
+  """The directory of the newest whole checkpoint; one that is being written has another name."""
+  found = [path for path in workdir.glob('checkpoints/*') if path.name.isdecimal()]
+  return max(found, key=lambda path: int(path.name), default=None)
+
+
+def read_statement(checkpoint: pathlib.Path) -> dict[str, Any]:
+  """The privacy statement that a checkpoint carries, with the mark of its keys as 'ledger'.
+
+  Raises:
+    UserError: if it carries none.
+  """
+  path = checkpoint / 'privacy' / 'metadata'
+  try:
+    statement = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f'{path}: cannot be read ({e}); the checkpoint is not whole, remove it to go on from the one'
+      ' before'
+    ) from e
+  if not isinstance(statement, dict):
+    raise UserError(f'{path}: damaged, holds no JSON object')
+  return statement
+
+
+def publish_statement(workdir: pathlib.Path) -> None:
+  """Makes privacy.json the statement of the newest whole checkpoint, if there is one.
+
+  A run that is killed between a checkpoint and its statement leaves an older one; whoever looks
+  at a workdir calls this first.
+
+  Raises:
+    UserError: if the statement cannot be read or written.
+  """
+  published, path = None, workdir / 'privacy.json'
+  # A run that goes on meanwhile may have a newer one, and no longer the one that was found.
+  while (newest := newest_checkpoint(workdir)) not in (None, published):
+    try:
+      text = json.dumps(read_statement(newest), indent=2) + '\n'
+    except UserError:
+      if newest == newest_checkpoint(workdir):
+        raise
+      continue
+    if not path.exists() or path.read_text(errors='replace') != text:
+      try:
+        write_whole(path, text)
+      except OSError as e:
+        raise UserError(f'{path}: cannot be written ({e.strerror})') from e
+    published = newest
+
+
+def is_private(path: pathlib.Path) -> bool:
+  """Whether a file's name says that it is outside the guarantee."""
+  return 'private' in path.name.split('.')[1:]
+
+
+def open_to_append(path: pathlib.Path) -> TextIO:
+  """Opens a text file, readable by the owner only if its name says private."""
+  if is_private(path) and path.exists():
+    path.chmod(0o600)
+  return open(path, 'a', opener=lambda name, flags: os.open(name, flags, _mode(path)))
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that it is never seen half written, nor by others if it is private."""
+  # Not of one name: programs that look at a run write beside it.
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  # One that a crash left may be open to others.
+  temporary.unlink(missing_ok=True)
+  descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _mode(path))
+  with open(descriptor, 'w', encoding='utf-8') as file:
+    file.write(text)
+  temporary.replace(path)
+
+
+@contextlib.contextmanager
+def owner_only() -> Iterator[None]:
+  """Files that are made in here, by whatever library, are readable by the owner only."""
+  before = os.umask(0o077)
+  try:
+    yield
+  finally:
+    os.umask(before)
+
+
+def _mode(path: pathlib.Path) -> int:
+  return 0o600 if is_private(path) else 0o666  # less the umask

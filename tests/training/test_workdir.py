@@ -1,0 +1,83 @@
+"""What stands in a workdir follows from its newest checkpoint, also while a run goes on."""
+
+import json
+import shutil
+import stat
+
+import pytest
+
+from dpcap.training import workdir as workdir_lib
+
+
+def _checkpoint(workdir, step):
+  folder = workdir / 'checkpoints' / str(step) / 'privacy'
+  folder.mkdir(parents=True)
+  (folder / 'metadata').write_text(json.dumps({'steps': step}))
+
+
+def _steps(workdir):
+  return json.loads((workdir / 'privacy.json').read_text())['steps']
+
+
+def test_without_a_checkpoint_nothing_is_said_or_taken_back(tmp_path):
+  workdir_lib.publish_statement(tmp_path)
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'privacy.json').write_text('{"steps": 3}')
+  workdir_lib.publish_statement(tmp_path)
+  assert _steps(tmp_path) == 3
+
+
+def test_a_statement_that_is_right_is_left_alone(tmp_path):
+  _checkpoint(tmp_path, 10)
+  _checkpoint(tmp_path, 9)
+  workdir_lib.publish_statement(tmp_path)
+  assert _steps(tmp_path) == 10
+  before = (tmp_path / 'privacy.json').stat()
+  workdir_lib.publish_statement(tmp_path)
+  after = (tmp_path / 'privacy.json').stat()
+  assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+
+
+@pytest.mark.parametrize('when', ['before reading', 'before writing'])
+def test_a_checkpoint_that_comes_meanwhile_is_the_one_that_counts(tmp_path, monkeypatch, when):
+  """The run writes a newer one and its statement, and keeps only that."""
+  _checkpoint(tmp_path, 2)
+  name = 'read_statement' if when == 'before reading' else 'write_whole'
+  real = getattr(workdir_lib, name)
+
+  def meanwhile(*args):
+    if not (tmp_path / 'checkpoints/4').exists():
+      _checkpoint(tmp_path, 4)
+      (tmp_path / 'privacy.json').write_text('{"steps": 4}')
+      shutil.rmtree(tmp_path / 'checkpoints/2')
+    return real(*args)
+
+  monkeypatch.setattr(workdir_lib, name, meanwhile)
+  workdir_lib.publish_statement(tmp_path)
+  assert _steps(tmp_path) == 4
+
+
+def test_a_file_is_never_open_to_others_and_no_rest_of_a_crash_makes_it_so(tmp_path, monkeypatch):
+  monkeypatch.setattr('os.getpid', lambda: 7)
+  path = tmp_path / 'report.private.html'
+  for name in (path.name, f'{path.name}.7.tmp'):
+    (tmp_path / name).write_text('older')
+    (tmp_path / name).chmod(0o666)
+  with (tmp_path / f'{path.name}.7.tmp').open() as held:
+    workdir_lib.write_whole(path, 'new')
+    assert held.read() == 'older'
+  assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == 'new'
+  assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+  'name, private',
+  [
+    ('diagnostics.private.jsonl', True),
+    ('events.out.tfevents.1.host.private', True),
+    ('report.html', False),
+    ('private_probe.json', False),
+  ],
+)
+def test_names_say_what_is_private(tmp_path, name, private):
+  assert workdir_lib.is_private(tmp_path / name) == private
