@@ -246,7 +246,7 @@ _PAIR = {'train': SOURCES, 'test': SOURCES}
 _FEATURES = Key(str, 'model', 'what the features are of', evals.FEATURES)
 _BATCH_SIZE = Key(int, 256, 'images at a time', check=_POSITIVE)
 
-EVALUATORS = {
+_OWN_KEYS = {
   'linear_probe': {
     **_PAIR,
     'features': _FEATURES,
@@ -396,4 +396,22 @@ EVALUATORS = {
     'images': Key(str, '', 'folder of the images', check=_GIVEN),
     'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
   },
+}
+
+# What every evaluator has besides its own keys.
+EVALUATORS = {
+  name: {
+    **keys,
+    'apart': Key(
+      bool,
+      None,
+      'True: you vouch that no image it reads is among the training images, under any name, size or'
+      ' encoding, so that its result may be published; it holds where that cannot be told from the'
+      ' records, as of other kinds of files. False: its result is private. None: as the records say,'
+      ' and private where they do not tell',
+      optional=True,
+      fixed=False,
+    ),
+  }
+  for name, keys in _OWN_KEYS.items()
 }
