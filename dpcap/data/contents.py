@@ -7,7 +7,7 @@ sources are apart where that is known:
 | --- | --- |
 | scenes and anything in files | always: scenes are drawn, not read |
 | scenes and scenes | other split, or index ranges that do not meet |
-| tar shards and tar shards, image files and image files | no shard and no image file in common, by content |
+| tar shards and tar shards, image files and image files | no shard and no image file in common, by content; it cannot be told where less than half of the smaller set are in common, which may be chance |
 | one build of a TFDS data set | other files of it, or record ranges of a file that do not meet |
 | two TFDS data sets, or versions, configs or builds of one | cannot be told |
 | kinds of files that differ | cannot be told |
@@ -88,9 +88,15 @@ class ImageFiles:
       return Relation(False, f'both read {min(both)}')
     few, many = sorted((self, other), key=lambda files: files.count)
     ids = np.unique(np.concatenate([np.zeros(1, np.uint64), *_each(few.parts)]))[1:]
-    if any(_meet(ids, part) for part in _each(many.parts)):
-      return Relation(False, 'an image file is in both')
-    return Relation(True, f'none of {few.count:,} image files is among {many.count:,}')
+    found = np.zeros(len(ids), bool)
+    for part in _each(many.parts if len(ids) else ()):
+      places = np.minimum(np.searchsorted(ids, part), len(ids) - 1)
+      found[places[ids[places] == part]] = True
+    common = int(found.sum())
+    if not common:
+      return Relation(True, f'none of {few.count:,} image files is among {many.count:,}')
+    why = f'{common:,} of {len(ids):,} image files are among {many.count:,}'
+    return Relation(False if 2 * common >= len(ids) else None, why)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +194,3 @@ def _each(parts: Sequence[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     for start in range(0, len(parts), _THREADS):
       yield from pool.map(lambda part: part(), parts[start : start + _THREADS])
-
-
-def _meet(ids: np.ndarray, part: np.ndarray) -> bool:
-  """Whether one of `part` is among the sorted ids."""
-  if not len(ids):
-    return False
-  places = np.minimum(np.searchsorted(ids, part), len(ids) - 1)
-  return bool(np.any(ids[places] == part))
