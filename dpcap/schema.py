@@ -405,10 +405,10 @@ EVALUATORS = {
     'apart': Key(
       bool,
       None,
-      'True: you vouch that no image it reads is among the training images, under any name, size or'
-      ' encoding, so that its result may be published; it holds where that cannot be told from the'
-      ' records, as of other kinds of files. False: its result is private. None: as the records say,'
-      ' and private where they do not tell',
+      'whether what it reads is apart from the training data, so that its result may be published.'
+      ' None: as the records tell, and if they do not: private. True: you vouch that none of its'
+      ' images is a training image under any name, size or encoding; it holds where records do not'
+      ' tell, as of files of another kind. False: private',
       optional=True,
       fixed=False,
     ),

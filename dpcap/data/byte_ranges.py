@@ -47,7 +47,7 @@ def is_local(url: str) -> bool:
 
 
 def real_place(url: str) -> str:
-  """The path of a local file without links, the URL of another one: the same however it was named."""
+  """A local path without links, or a URL: the same for a file however it was named."""
   fs, path = fsspec.core.url_to_fs(url)
   return os.path.realpath(path) if is_local(url) else fs.unstrip_protocol(path)
 

@@ -6,15 +6,18 @@ sources are apart where that is known:
 | sources | apart |
 | --- | --- |
 | scenes and anything in files | always: scenes are drawn, not read |
-| scenes and scenes | other split, or index ranges that do not meet |
-| tar shards and tar shards, image files and image files | no shard and no image file in common, by content; it cannot be told where less than half of the smaller set are in common, which may be chance |
-| one build of a TFDS data set | other files of it, or record ranges of a file that do not meet |
+| scenes and scenes | other split (both begin at scene 0 of theirs) |
+| tar shards and tar shards | no shard and no image file in common |
+| image files and image files | no file in common |
+| one build of a TFDS data set | no record of a file in common |
 | two TFDS data sets, or versions, configs or builds of one | cannot be told |
-| kinds of files that differ | cannot be told |
+| files of different kinds | cannot be told |
 
-An image file is known again by its size and its first 4 KiB, wherever it lies and whatever it is called,
-also with another caption. The same picture encoded anew is another file: who knows that a set was made
-from the training images has to say so.
+An image file is known again by its size and its first 4 KiB, wherever it lies and whatever it is
+called, also with another caption. Where at least half of the smaller set are in the other, it was
+taken from there; fewer may be chance, which cannot be told. The same picture encoded anew is
+another file: who knows that a set was made from the training images has to say so. Splits of a
+TFDS data set are taken at their word.
 """
 
 import concurrent.futures
@@ -105,7 +108,7 @@ class PreparedRecords:
 
   Attributes:
     name: NAME/CONFIG:VERSION.
-    build: tells one preparation of it from another that cut or ordered it otherwise; a copy has the same.
+    build: tells one preparation of it from another that was cut otherwise; copies have the same.
     ranges: (file name, first record, record after the last).
   """
 
@@ -153,7 +156,7 @@ def compare_kinds(a: str, b: str) -> Relation | None:
 
 
 def known_apart(a: Contents, b: Contents) -> bool:
-  """Whether it is known that two sources share no record."""
+  """Whether two sources are known to share no record."""
   return compare(a, b).apart is True
 
 

@@ -74,7 +74,8 @@ class TfdsSource:
     # array_record's own source holds file names only until it reads, so it pickles small.
     self._records, files = _open(builder, dataset, split)
     keys = (image_key, caption_key, label_key, caption_template)
-    self.fingerprint = repr((builder.info.full_name, split, len(self._records), files, *keys))
+    about = repr((builder.info.full_name, split, len(self._records), files, *keys))
+    self.fingerprint = hashlib.sha256(about.encode()).hexdigest()
     self.contents = _contents(builder, split)
 
   def __len__(self) -> int:
@@ -168,7 +169,8 @@ def _open(builder, name: str, split: str):
 
 
 def _contents(builder, split: str) -> PreparedRecords:
-  splits = [(name, info.shard_lengths, info.num_bytes) for name, info in builder.info.splits.items()]
+  infos = builder.info.splits.items()
+  splits = [(name, info.shard_lengths, info.num_bytes) for name, info in infos]
   return PreparedRecords(
     builder.info.full_name,
     hashlib.sha256(repr(sorted(splits)).encode()).hexdigest()[:16],

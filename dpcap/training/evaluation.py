@@ -1,8 +1,10 @@
 """Runs what `evals` of a config names, on checkpoints or in the middle of training."""
 
+import functools
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,14 +75,13 @@ class Evaluations:
       UserError: if an evaluator refuses its data, or the folder cannot be written.
     """
     config = self._config
-    subject = evals.Subject(
+    make_subject = functools.partial(
+      evals.Subject,
       # To scan blocks is for compiling the training step; evaluations look into blocks.
       model=self._model.clone(scan_blocks=False, remat=False),
       variables=_on_this_process(variables),
       untrained=_on_this_process(self.untrained),
       transform=data.Transform(config.data.image_size, config.data.text_length, self._tokenizer),
-      make_source=lambda section: build.make_source(config, section),
-      note=lambda source: None,
       workers=config.data.workers,
       cache=cache,
     )
@@ -88,8 +89,9 @@ class Evaluations:
     for name, entry in config.evals.items():
       options = entry.to_dict()
       evaluator, apart = options.pop('name'), options.pop('apart')
-      watched, read = _watch(subject)
-      results[name] = evals.EVALUATORS[evaluator](watched, **options)
+      read = []
+      subject = make_subject(make_source=_noting(read, config), note=read.append)
+      results[name] = evals.EVALUATORS[evaluator](subject, **options)
       if processes.is_main():
         verdict = training_data.judge(read, apart)
         about = {
@@ -104,16 +106,16 @@ class Evaluations:
     return results
 
 
-def _watch(subject: evals.Subject) -> tuple[evals.Subject, list[data.Source]]:
-  """The subject for one evaluator, and a list that fills with the sources that it reads."""
-  read = []
+def _noting(
+  read: list[data.Source], config: ml_collections.ConfigDict
+) -> Callable[[Any], data.Source]:
+  """Makes sources from their sections, and adds them to `read`."""
 
   def make_source(section):
-    source = subject.make_source(section)
-    read.append(source)
-    return source
+    read.append(build.make_source(config, section))
+    return read[-1]
 
-  return subject._replace(make_source=make_source, note=read.append), read
+  return make_source
 
 
 def _on_this_process(variables: PyTree) -> PyTree:

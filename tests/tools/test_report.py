@@ -380,7 +380,8 @@ def test_only_what_is_marked_apart_is_on_the_public_page(tmp_path, marks):
 
 
 def test_nothing_to_show_is_said(tmp_path):
-  text = plain(public(tmp_path, evals={'captions': EVALS['captions'] | {'uses_training_data': True}}))
+  private = EVALS['captions'] | {'uses_training_data': True}
+  text = plain(public(tmp_path, evals={'captions': private}))
   assert 'has no evaluation that this page may show' in text
 
 

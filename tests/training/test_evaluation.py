@@ -214,6 +214,19 @@ def test_evaluators_that_read_nothing_known_are_private(trained, tmp_path, monke
   assert record['perplexity'] is None and record['bounds'] == [[None, None], {'x': 1.5}]
 
 
+@pytest.mark.parametrize('split, private', [('train', True), ('test', False)])
+def test_sources_that_are_opened_count_as_read(trained, tmp_path, monkeypatch, split, private):
+  """By whatever means their records come to the model."""
+  section = config_lib.source_config('scenes', split=split, size=3)
+
+  def evaluate(subject, **options):
+    return evals.Result('top1', 0.5, len(subject.make_source(section)), {})
+
+  monkeypatch.setitem(evals.EVALUATORS, 'captions', evaluate)
+  _, records = _evaluate(_config(), tmp_path / 'evals', trained)
+  assert records['written']['uses_training_data'] == private
+
+
 def test_every_entry_can_declare_itself_apart():
   for name in evals.EVALUATORS:
     entry = config_lib.evaluator_config(name)

@@ -1,4 +1,4 @@
-"""What a result may say of the training data: those of the checkpoint's own run, or nothing known."""
+"""What a result says of the training data: those of the checkpoint's own run, or unknown."""
 
 import json
 import pathlib

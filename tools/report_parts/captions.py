@@ -85,8 +85,8 @@ def open_source(config: ml_collections.ConfigDict, record: dict[str, Any]) -> da
   """The source that was evaluated.
 
   Raises:
-    UserError: if it cannot be opened, or is another one by now: what the record says of privacy, and
-      its numbers of images, are of the one that was there.
+    UserError: if it cannot be opened, or is another one by now: the record's numbers of images, and
+      what it says of privacy, are of the one that was there.
   """
   source = build.make_source(config, record['options']['source'])
   if source.fingerprint not in record['fingerprints']:
