@@ -165,10 +165,9 @@ def image_ids(sizes: np.ndarray, checksums: np.ndarray) -> np.ndarray:
 
   Args:
     sizes: in bytes, the low 32 bits.
-    checksums: of their first bytes, see `checksum`.
+    checksums: of their first bytes, see `checksum`; 0 where there are none.
   """
-  ids = sizes.astype(np.uint64) << np.uint64(32) | checksums.astype(np.uint64)
-  return np.where(sizes == 0, np.uint64(0), ids)
+  return sizes.astype(np.uint64) << np.uint64(32) | checksums.astype(np.uint64)
 
 
 def checksum(head: bytes) -> int:

@@ -131,6 +131,8 @@ def _write(path: pathlib.Path, name: str, result: evals.Result, about: dict[str,
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
+    if about['uses_training_data']:
+      path.chmod(0o600)  # its name does not say that it may hold captions of the training data
   except OSError as e:
     raise UserError(f'{path}: cannot be written ({e.strerror})') from e
 

@@ -174,6 +174,12 @@ def test_what_cannot_be_read_cannot_be_told(trained, tmp_path):
   for index in (tmp_path / 'shards').glob('*.npz'):
     index.unlink()
   assert relation(trained, other) is None
+  # But a shard that has a place in both is in both.
+  (tmp_path / 'link.tar').symlink_to('shards/00001.tar')
+  one = TarShards([tmp_path / 'link.tar', tmp_path / 'other/00000.tar'])
+  for index in tmp_path.rglob('*.npz'):
+    index.unlink()
+  assert relation(trained, one) is False
 
 
 def test_a_large_set_is_read_once_and_some_shards_at_a_time():
@@ -236,7 +242,7 @@ def test_image_files_are_known_again(tmp_path):
   assert relation(trained, make_folder(tmp_path / 'b', range(8, 12))) is True
   assert relation(trained, make_folder(tmp_path / 'c', [8, 9, 7])) is None
   assert relation(trained, make_folder(tmp_path / 'd', [8, 7])) is False
-  inside = data.ImageList(str(tmp_path), ['a/train/1/3.png', 'absent.png'])
+  inside = data.ImageList(str(tmp_path), ['absent.png', 'a/train/1/3.png'])
   assert relation(trained, inside) is False
   outside = data.ImageList(str(tmp_path), ['b/train/1/9.png', 'b/train/1/9.png', 'absent.png'])
   assert relation(trained, outside) is True
@@ -288,6 +294,7 @@ def _tfds_dir(tmp_path_factory):
     ('train[:2]', 'train[2:3]', True),
     ('train[:3]', 'train[3:]', True),
     ('train[:3]', 'train[2:]', False),
+    ('train[2:]', 'train[2:3]', False),
     ('train[:1]+train[4:]', 'train[1:4]', True),
     ('train[:1]+train[4:]', 'train[3:]', False),
   ],

@@ -192,6 +192,7 @@ def test_what_is_private_does_not_reach_the_public_page(
   _, records = _evaluate(config, workdir / 'evals', workdir / 'checkpoints/2')
   assert records['seen']['uses_training_data'] == private
   assert records['seen']['apart']['declared'] == declared
+  assert ((workdir / 'evals/seen.json').stat().st_mode & 0o77 == 0) == private
   texts = page.make_pages(read_run(workdir))
   image = image_uri(build.make_source(config, section)[1]['image'])
   assert (image in texts['report.html']) == (not private)
