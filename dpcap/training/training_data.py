@@ -46,21 +46,18 @@ class TrainingData:
     """
     if apart is False:
       return Verdict(True, True, 'the config declares that it is not apart')
-    unknown = None if sources else 'it read its images in a way that is not known'
-    for source in sources:
-      relation = self._relation_to(source)
-      if relation.apart is False:
-        return Verdict(True, False, relation.why)
-      if relation.apart is None:
-        unknown = unknown or relation.why
-    if unknown is None:
-      return Verdict(False, False, '; '.join(dict.fromkeys(self._why(s) for s in sources)))
+    nothing = data.Relation(None, 'it read its images in a way that is not known')
+    reasons = {True: [], False: [], None: []}
+    for relation in map(self._relation_to, sources) if sources else [nothing]:
+      reasons[relation.apart].append(relation.why)
+    say = lambda apart: '; '.join(dict.fromkeys(reasons[apart]))
+    if reasons[False]:
+      return Verdict(True, False, say(False))
+    if not reasons[None]:
+      return Verdict(False, False, say(True))
     if apart:
-      return Verdict(False, True, f'declared by the config, it cannot be told: {unknown}')
-    return Verdict(True, False, f'it cannot be told: {unknown}')
-
-  def _why(self, source: data.Source) -> str:
-    return self._relation_to(source).why
+      return Verdict(False, True, f'declared by the config, it cannot be told: {say(None)}')
+    return Verdict(True, False, f'it cannot be told: {say(None)}')
 
   def _relation_to(self, source: data.Source) -> data.Relation:
     """Evaluations share sources, and 234 million records are compared once."""
