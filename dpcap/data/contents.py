@@ -69,7 +69,7 @@ class ImageFiles:
   Attributes:
     kind: 'tar_shards' or 'image_folder'.
     fingerprint: of the source; those of one are equal.
-    places: real paths or URLs of what holds them; a place in common is a record in common.
+    places: real paths or URLs of shards; one in common is a record in common.
     parts: functions that read the ids (n,) uint64 of some of the files each, see `image_ids`.
     count: files.
   """

@@ -55,13 +55,11 @@ class ImageFolder:
         digest.update(repr((image, state)).encode())
         self._files.append((image, label))
     self.fingerprint = digest.hexdigest()
-    self._place = os.path.realpath(root)
 
   @property
   def contents(self) -> ImageFiles:
     """The image files of the split."""
-    paths = [path for path, _ in self._files]
-    return _contents(self.fingerprint, paths, frozenset([self._place]))
+    return _contents(self.fingerprint, [path for path, _ in self._files])
 
   def __len__(self) -> int:
     return len(self._files)
@@ -108,7 +106,7 @@ class ImageList:
   @property
   def contents(self) -> ImageFiles:
     """The image files that are there, each once."""
-    return _contents(self.fingerprint, list(dict.fromkeys(self._paths)), frozenset())
+    return _contents(self.fingerprint, list(dict.fromkeys(self._paths)))
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -130,10 +128,10 @@ def _read(path: str, label: int) -> Record:
     raise BadRecord(f'{path}: {e.strerror}') from e
 
 
-def _contents(fingerprint: str, paths: list[str], places: frozenset[str]) -> ImageFiles:
+def _contents(fingerprint: str, paths: list[str]) -> ImageFiles:
   starts = range(0, len(paths), _FILES_PER_PART)
   parts = [functools.partial(read_image_ids, paths[i : i + _FILES_PER_PART]) for i in starts]
-  return ImageFiles('image_folder', fingerprint, places, parts, len(paths))
+  return ImageFiles('image_folder', fingerprint, frozenset(), parts, len(paths))
 
 
 def _state(path: str) -> tuple[int, int]:

@@ -314,6 +314,9 @@ def test_retrieval_shows_what_was_found(tmp_path):
   assert f'<span class="other"><img class="crisp" src="{other}"' in text
   assert captions.image_uri(images[7]['image']) in text
   assert '50.0% among the first 1, 81.2% among the first 5' in plain(text)
+  changed = record | {'fingerprints': [scenes('train').fingerprint]}
+  text = public(tmp_path, evals={'like': changed})
+  assert 'the images have changed' in text and captions.image_uri(images[7]['image']) not in text
   record['options']['source']['split'] = 'none'
   assert 'Without images' in public(tmp_path, evals={'like': record})
 
@@ -337,8 +340,12 @@ def test_shots_and_guarantees_of_evaluations(tmp_path):
 
 def test_evaluations_in_training_are_curves(tmp_path):
   write_run(tmp_path, metrics=METRICS)
-  for step, value, private in ((20, 0.75, True), (3, 0.5, True), (20, 0.625, False)):
-    name = 'secret' if private else 'open'
+  # A series with a private result is private: the curve goes through it.
+  for name, step, value, private in (
+    ('secret', 20, 0.75, True),
+    ('secret', 3, 0.5, False),
+    ('open', 20, 0.625, False),
+  ):
     folder = tmp_path / f'evals/step_{step}'
     folder.mkdir(parents=True, exist_ok=True)
     record = {'name': name, 'metric': 'top1', 'value': value, 'interval95': [value, value]}
@@ -398,6 +405,10 @@ def test_what_was_declared_is_said(tmp_path, full):
   text = plain(public(tmp_path, evals=EVALS | {'raw_pixels': EVALS['raw_pixels'] | declared}))
   assert 'that none of the training images was read for raw pixels.' in text
   assert 'Declared by' not in full['report.html']
+  # Nor where it was declared that they were read.
+  private = EVALS['raw_pixels'] | declared | {'uses_training_data': True}
+  for text in pages(tmp_path, evals=EVALS | {'raw_pixels': private}).values():
+    assert 'Declared by' not in text
 
 
 def test_captions_mark_what_is_wrong():
