@@ -6,7 +6,8 @@
 
 TFDS data sets must have been prepared as array_record; others are image folders, whose place
 follows the name. ImageNet's readable class names come with its download: give
-evals.zero_shot.labels_file.
+evals.zero_shot.labels_file. That a run on tar shards is apart from these cannot be seen; say
+--config.evals.NAME.apart=True where you know it, or the results are private.
 """
 
 from configs import dpcap

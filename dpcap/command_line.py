@@ -14,10 +14,11 @@ from ml_collections import config_flags
 from dpcap import config as config_lib
 from dpcap.errors import UserError
 
-_OVERRIDE = re.compile(r'--config\.([\w.]+)=(.*)', re.DOTALL)
+# As the flags library has them: --config.key=value, --config.key value, --noconfig.key.
+_OVERRIDE = re.compile(r'--?(?:no)?config\.([\w.]+)(?:=(.*))?', re.DOTALL)
 
-# Keys that the command line sets to None, which the flags library can't express.
-_set_to_none: list[str] = []
+# Keys that the command line sets to None last, which the flags library can't express.
+_set_to_none: set[str] = set()
 
 
 def run(main: Callable[[], None]) -> None:
@@ -54,7 +55,7 @@ def load_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
     config.to_dict()
   except OSError as e:  # a file that can't be loaded is told of on first use
     raise UserError(f'--config: the experiment cannot be loaded ({_last_line(e)})') from e
-  for path in _set_to_none:
+  for path in sorted(_set_to_none):
     *sections, key = path.split('.')
     section = config
     for name in sections:
@@ -86,8 +87,10 @@ def _parse(argv: list[str]) -> list[str]:
   for argument in argv:
     override = _OVERRIDE.fullmatch(argument)
     if override and override[2] == 'None':
-      _set_to_none.append(override[1])
+      _set_to_none.add(override[1])
     else:
+      if override:
+        _set_to_none.discard(override[1])
       kept.append(argument)
   try:
     rest = flags.FLAGS(kept)

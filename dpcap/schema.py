@@ -246,7 +246,7 @@ _PAIR = {'train': SOURCES, 'test': SOURCES}
 _FEATURES = Key(str, 'model', 'what the features are of', evals.FEATURES)
 _BATCH_SIZE = Key(int, 256, 'images at a time', check=_POSITIVE)
 
-EVALUATORS = {
+_OWN_KEYS = {
   'linear_probe': {
     **_PAIR,
     'features': _FEATURES,
@@ -396,4 +396,22 @@ EVALUATORS = {
     'images': Key(str, '', 'folder of the images', check=_GIVEN),
     'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
   },
+}
+
+# What every evaluator has besides its own keys.
+EVALUATORS = {
+  name: {
+    **keys,
+    'apart': Key(
+      bool,
+      None,
+      'whether what it reads is apart from the training data, so that its result may be published.'
+      ' None: as the records tell, and if they do not: private. True: you vouch that none of its'
+      ' images is a training image under any name, size or encoding; it holds where records do not'
+      ' tell, as of files of another kind. False: private',
+      optional=True,
+      fixed=False,
+    ),
+  }
+  for name, keys in _OWN_KEYS.items()
 }

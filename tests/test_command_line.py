@@ -60,3 +60,22 @@ def test_none_can_be_given_on_the_command_line(program):
   output, errors = process.communicate(timeout=60)
   assert process.returncode == 0, errors
   assert 2.99 < json.loads(output)['epsilon_rdp'] <= 3
+
+
+def test_of_values_of_a_key_the_last_one_counts(program):
+  key = '--config.privacy.'
+  process = program(
+    'tools.privacy',
+    _TINY,
+    *(f'{key}noise_multiplier={value}' for value in ('None', 'None', '3', '5')),
+    *(f'{key}epsilon={value}' for value in ('3', 'None')),
+    *(f'{key}delta=None', f'{key}delta', '1e-3'),
+    '--config.data.dataset_size=None',
+    '--config.data.dataset_size=500',
+    '--config.data.dataset_size=None',
+    f'{key}accountant=rdp',
+  )
+  output, errors = process.communicate(timeout=60)
+  assert process.returncode == 0, errors
+  found = json.loads(output)
+  assert (found['noise_multiplier'], found['delta'], found['dataset_size']) == (5, 1e-3, 400)

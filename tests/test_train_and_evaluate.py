@@ -102,9 +102,10 @@ def test_evaluate_writes_the_contract_and_prints_a_table(run, program):
     assert record['name'] == name and record['metric'] == 'top1' and record['n'] == 40
     assert record['checkpoint'] == str(workdir / 'checkpoints/3')
     assert record['interval95'][0] <= record['value'] <= record['interval95'][1]
+    assert record['uses_training_data'] is True  # the probe's train source
     assert name in output and f'{100 * record["value"]:.1f}%' in output
   captions = json.loads((workdir / 'evals/captions.json').read_text())
-  assert captions['n'] == 24
+  assert captions['n'] == 24 and captions['uses_training_data'] is False
 
 
 def test_evaluating_as_another_model_is_refused(run, program):

@@ -2,9 +2,10 @@
 
 from dpcap.data.byte_ranges import StoreError
 from dpcap.data.catalogue import DATASETS, Dataset, find_dataset, readable
+from dpcap.data.contents import Contents, Relation, compare, compare_kinds, known_apart
 from dpcap.data.epochs import AugmentedBatches
 from dpcap.data.image import normalize
-from dpcap.data.image_folder import ImageFolder
+from dpcap.data.image_folder import ImageFolder, ImageList
 from dpcap.data.pipeline import (
   WORKER_TIMEOUT_S,
   EvaluationBatches,
@@ -25,13 +26,16 @@ from dpcap.errors import UserError
 
 __all__ = [
   'AugmentedBatches',
+  'Contents',
   'DATASETS',
   'Dataset',
   'EvaluationBatches',
   'EveryNth',
   'Examples',
   'ImageFolder',
+  'ImageList',
   'LogicalBatches',
+  'Relation',
   'SCENE_LABELS',
   'SCENES_VOCABULARY',
   'Scenes',
@@ -42,8 +46,11 @@ __all__ = [
   'Tokenizer',
   'Transform',
   'WORKER_TIMEOUT_S',
+  'compare',
+  'compare_kinds',
   'find_dataset',
   'iterate',
+  'known_apart',
   'make_source',
   'make_tokenizer',
   'normalize',

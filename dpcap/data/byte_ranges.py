@@ -46,6 +46,12 @@ def is_local(url: str) -> bool:
   return fsspec.utils.get_protocol(url) in ('file', 'local')
 
 
+def real_place(url: str) -> str:
+  """A local path without links, or a URL: the same for a file however it was named."""
+  fs, path = fsspec.core.url_to_fs(url)
+  return os.path.realpath(path) if is_local(url) else fs.unstrip_protocol(path)
+
+
 def read(span: Span) -> bytes:
   """All bytes of a span; remote ones are asked for up to ATTEMPTS times.
 

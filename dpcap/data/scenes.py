@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpcap.data.contents import Drawn
 from dpcap.data.source import Record
 from dpcap.errors import UserError
 
@@ -111,6 +112,11 @@ class Scenes:
   def fingerprint(self) -> str:
     """The record of every index follows from these."""
     return repr(self)
+
+  @property
+  def contents(self) -> Drawn:
+    """Which scenes; image size and label don't change what is in them."""
+    return Drawn(self.split, self.size)
 
   def __len__(self) -> int:
     return self.size

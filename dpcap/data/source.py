@@ -12,6 +12,8 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
+from dpcap.data.contents import Contents
+
 # Far beyond what any text length in use can hold; keeps a 1 MB caption from costing anything.
 MAX_CAPTION_CHARS = 4096
 
@@ -39,10 +41,12 @@ class Source(Protocol):
   Attributes:
     class_names: the name of each label, empty where the source has no labels.
     fingerprint: changes when the records do, as far as that can be told without reading them.
+    contents: what the records are, so that two sources can be told apart.
   """
 
   class_names: tuple[str, ...]
   fingerprint: str
+  contents: Contents
 
   def __len__(self) -> int:
     """The number of records, good and bad: the N of the privacy statement."""

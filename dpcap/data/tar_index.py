@@ -17,7 +17,7 @@ import pathlib
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import fsspec
@@ -25,6 +25,7 @@ import numpy as np
 from absl import logging
 
 from dpcap.data.byte_ranges import StoreError, describe, is_local, read_file, scan
+from dpcap.data.contents import HEAD, checksum, image_ids
 from dpcap.data.tar_headers import BLOCK, TarDamage, iterate_files
 from dpcap.errors import UserError
 
@@ -32,8 +33,8 @@ from dpcap.errors import UserError
 THREADS = 32
 PARTS = ('image', 'caption', 'json')
 _BRACE_RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
-_FORMAT = 'dpcap tar index 2'
-# Blocks and sizes are stored in 32 bits: 24 bytes a sample, 5.6 GB for LAION's 234 million.
+_FORMAT = 'dpcap tar index 3'
+# Blocks and sizes are stored in 32 bits: 28 bytes a sample, 6.5 GB for LAION's 234 million.
 _LIMIT = 2**32
 
 
@@ -162,15 +163,16 @@ def index_shard(shard: str, wanted: Wanted, index_dir: str | os.PathLike | None 
 
   logging.info('indexing %s', shard)
   try:
-    table, labels = _read_headers(shard, size, wanted)
+    table, checksums, labels = _read_headers(shard, size, wanted)
     problem = '' if len(table) else 'holds no samples'
   except TarDamage as damage:
-    table, labels, problem = np.zeros((0, len(PARTS), 2), np.uint32), (), str(damage)
+    table, checksums, labels = np.zeros((0, len(PARTS), 2), np.uint32), np.zeros(0, np.uint32), ()
+    problem = str(damage)
   meta = {'state': digest, 'count': len(table), 'label_key': wanted.label_key}
   meta |= {'labels': labels, 'problem': problem}
   for file in files:
     try:
-      _save(file, table, meta)
+      _save(file, meta, table=table, checksums=checksums)
       return Index(shard, file, len(table), size, labels, problem, digest, new=True)
     except OSError as error:
       reason = error
@@ -229,15 +231,15 @@ def index_files(shard: str, wanted: Wanted, index_dir: str | os.PathLike | None)
 
 def _read_headers(
   shard: str, shard_size: int, wanted: Wanted
-) -> tuple[np.ndarray, tuple[str, ...]]:
-  """The table of `load_table`, and the labels found."""
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  """The table of `load_table`, checksums of the images (samples,) uint32, and the labels found."""
   if shard_size > BLOCK * _LIMIT:
     raise TarDamage(f'has {shard_size} bytes, more than {BLOCK * _LIMIT}')
   read = scan(shard)
   part_of = {key: 0 for key in wanted.image_keys} | {'json': 2}
   if wanted.caption_key:
     part_of[wanted.caption_key] = 1
-  rows, labels, last_key, row = [], set(), None, []
+  rows, checksums, labels, last_key, row = [], [], set(), None, []
   for name, offset, size in iterate_files(read, shard_size):
     # webdataset's rule: the key ends at the first dot of the file name.
     start = name.rfind('/') + 1
@@ -248,15 +250,19 @@ def _read_headers(
     if key != last_key:
       last_key, row = key, [0] * (2 * len(PARTS))
       rows.append(row)
+      checksums.append(0)
     part = part_of.get(name[dot + 1 :].lower())
     if part is None or row[2 * part + 1] or size >= _LIMIT:
       continue
     row[2 * part : 2 * part + 2] = offset // BLOCK, size
+    if part == 0:
+      checksums[-1] = checksum(read(offset, offset + min(size, HEAD)))
     if part == 2 and wanted.label_key:
       label = _label(read(offset, offset + size), wanted.label_key)
       if label is not None:
         labels.add(str(label))
-  return np.array(rows, np.uint32).reshape(-1, len(PARTS), 2), tuple(sorted(labels))
+  table = np.array(rows, np.uint32).reshape(-1, len(PARTS), 2)
+  return table, np.array(checksums, np.uint32), tuple(sorted(labels))
 
 
 def _label(content: bytes, key: str) -> Any:
@@ -266,10 +272,10 @@ def _label(content: bytes, key: str) -> Any:
     return None  # found again, and counted, when it is drawn
 
 
-def _save(file: str, table: np.ndarray, meta: dict[str, Any]) -> None:
+def _save(file: str, meta: dict[str, Any], **arrays: np.ndarray) -> None:
   """Another process may index the same shard, or read this file: it appears whole or not at all."""
   out = io.BytesIO()
-  np.savez(out, table=table, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
+  np.savez(out, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
   write_whole(file, out.getvalue())
   load_table.cache_clear()
 
@@ -297,8 +303,8 @@ def write_whole(file: str, content: bytes) -> None:
     raise
 
 
-def _load(file: str) -> tuple[dict[str, Any], Callable[[], np.ndarray]] | None:
-  """What an index file says, and a function that reads its table; None: not there, or not ours."""
+def _load(file: str) -> tuple[dict[str, Any], Mapping[str, np.ndarray]] | None:
+  """What an index file says, and its arrays, read on access; None: not there, or not ours."""
   try:
     if is_local(file):
       with open(fsspec.core.url_to_fs(file)[1], 'rb') as opened:
@@ -308,7 +314,7 @@ def _load(file: str) -> tuple[dict[str, Any], Callable[[], np.ndarray]] | None:
     arrays = np.load(io.BytesIO(content))
     meta = json.loads(arrays['meta'].tobytes())
     meta = {key: meta[key] for key in ('state', 'count', 'label_key', 'labels', 'problem')}
-    return meta, lambda: arrays['table']
+    return meta, arrays
   except FileNotFoundError:
     return None
   except StoreError as error:
@@ -334,9 +340,27 @@ def load_table(file: str, state: str) -> np.ndarray:
   Raises:
     StoreError: the index is gone, or is that of another state of the shard.
   """
+  return _arrays(file, state)['table']
+
+
+def load_image_ids(file: str, state: str) -> np.ndarray:
+  """What the images of a shard are known by, uint64 (samples,); see `contents.image_ids`.
+
+  Args:
+    file: of the index.
+    state: of the `Index`.
+
+  Raises:
+    StoreError: as `load_table`.
+  """
+  arrays = _arrays(file, state)
+  return image_ids(arrays['table'][:, 0, 1], arrays['checksums'])
+
+
+def _arrays(file: str, state: str) -> Mapping[str, np.ndarray]:
   loaded = _load(file)
   if loaded is None:
     raise StoreError(errno.ENOENT, 'this index of a shard is gone; it was there at start', file)
   if loaded[0]['state'] != state:
     raise StoreError(errno.ESTALE, 'this index of a shard was made again since the start', file)
-  return loaded[1]()
+  return loaded[1]

@@ -12,7 +12,7 @@ from dpcap.data.byte_ranges import StoreError, read_file
 from dpcap.data.tar_index import THREADS, Index, Wanted, state_of, write_whole
 from dpcap.errors import UserError
 
-_FORMAT = 'dpcap tar manifest 1'
+_FORMAT = 'dpcap tar manifest 2'
 
 
 def write(file: str, indexes: Sequence[Index], wanted: Wanted) -> None:

@@ -8,6 +8,7 @@ URL.
 
 import bisect
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
@@ -18,10 +19,18 @@ from typing import Any
 from absl import logging
 
 from dpcap.data import tar_manifest
-from dpcap.data.byte_ranges import Span, forget_open_files, read_spans
+from dpcap.data.byte_ranges import Span, forget_open_files, read_spans, real_place
+from dpcap.data.contents import ImageFiles
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.tar_headers import BLOCK
-from dpcap.data.tar_index import THREADS, Wanted, find_shards, index_shard, load_table
+from dpcap.data.tar_index import (
+  THREADS,
+  Wanted,
+  find_shards,
+  index_shard,
+  load_image_ids,
+  load_table,
+)
 from dpcap.errors import UserError
 
 # What img2dataset and webdataset shards hold.
@@ -121,6 +130,17 @@ class TarShards:
     # Names collected from integers stand for themselves; given ones are addressed by their index.
     self._integer_is_id = not collect
     self._label_ids = {name: i for i, name in enumerate(self.class_names)}
+
+  @property
+  def contents(self) -> ImageFiles:
+    """The shards, and the images in them."""
+    return ImageFiles(
+      'tar_shards',
+      self.fingerprint,
+      frozenset(map(real_place, self._shards)),
+      [functools.partial(load_image_ids, *index) for index in self._indexes],
+      len(self),
+    )
 
   def __len__(self) -> int:
     return self._ends[-1]

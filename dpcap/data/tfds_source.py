@@ -4,11 +4,14 @@ No TensorFlow: TFDS only finds the files and says what the features are; the rec
 array_record and parsed as the protocol buffers that they are, images left encoded.
 """
 
+import hashlib
+
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dpcap.data.contents import PreparedRecords
 from dpcap.data.source import BadRecord, Record
 from dpcap.errors import UserError
 
@@ -28,7 +31,7 @@ class TfdsSource:
 
   Attributes:
     class_names: the names of the label feature.
-    fingerprint: of data set, version, split and feature keys.
+    fingerprint: of data set, version, split and feature keys, and sizes and times of its files.
 
   Raises:
     UserError: the data set is not prepared, not as array_record or not completely; the split or
@@ -69,9 +72,11 @@ class TfdsSource:
     self._caption_template = caption_template
     self._dataset = dataset
     # array_record's own source holds file names only until it reads, so it pickles small.
-    self._records = _open(builder, dataset, split)
+    self._records, files = _open(builder, dataset, split)
     keys = (image_key, caption_key, label_key, caption_template)
-    self.fingerprint = repr((builder.info.full_name, split, len(self._records), *keys))
+    about = repr((builder.info.full_name, split, len(self._records), files, *keys))
+    self.fingerprint = hashlib.sha256(about.encode()).hexdigest()
+    self.contents = _contents(builder, split)
 
   def __len__(self) -> int:
     return len(self._records)
@@ -152,14 +157,28 @@ def _open(builder, name: str, split: str):
       f' available: {splits}, and slices of them'
     ) from error
   instructions = builder.info.splits[split].file_instructions
-  present = {path.name for path in builder.data_path.iterdir()}
-  missing = [i.filename for i in instructions if i.filename.rpartition('/')[2] not in present]
+  present = {path.name: path for path in builder.data_path.iterdir()}
+  missing = [i.filename for i in instructions if i.basename() not in present]
   if missing:
     raise UserError(
       f'TFDS data set {name!r}: {len(missing)} of {len(instructions)} files missing,'
       f' first {missing[0]}'
     )
-  return source.data_source
+  states = [(i.basename(), present[i.basename()].stat()) for i in instructions]
+  return source.data_source, [(name, state.length, state.mtime) for name, state in states]
+
+
+def _contents(builder, split: str) -> PreparedRecords:
+  infos = builder.info.splits.items()
+  splits = [(name, info.shard_lengths, info.num_bytes) for name, info in infos]
+  return PreparedRecords(
+    builder.info.full_name,
+    hashlib.sha256(repr(sorted(splits)).encode()).hexdigest()[:16],
+    tuple(
+      (i.basename(), i.skip, i.skip + i.take)
+      for i in builder.info.splits[split].file_instructions
+    ),
+  )
 
 
 def _flatten(features, prefix: str = '') -> dict[str, object]:

@@ -18,6 +18,7 @@ import numpy as np
 from dpcap import data
 from dpcap.data import scenes
 from dpcap.data.image import decode
+from dpcap.data.image_folder import ImageList
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
@@ -104,7 +105,8 @@ def evaluate_visual_genome(
   """
   entries = read_annotations(annotations)
   fewest = 1 if 'relation_name' in entries[0] else _FEWEST_ATTRIBUTE_CASES
-  return _judge(subject, _VisualGenomeCases(entries, images), 2, batch_size, fewest)
+  source = ImageList(images, [entry['image_path'] for entry in entries])
+  return _judge(subject, _VisualGenomeCases(source, entries), 2, batch_size, fewest)
 
 
 def evaluate_order(subject: Subject, *, annotations: str, images: str, batch_size: int) -> Result:
@@ -126,7 +128,9 @@ def evaluate_order(subject: Subject, *, annotations: str, images: str, batch_siz
   """
   entries = read_captions(annotations)
   spacy_tagger()  # if it is not there, say so before anything is read
-  return _judge(subject, _OrderCases(entries, images), 5, batch_size, fewest=1)
+  source = ImageList(images, [image for image, _ in entries])
+  captions = [caption for _, caption in entries]
+  return _judge(subject, _OrderCases(source, captions), 5, batch_size, fewest=1)
 
 
 def read_captions(path: str) -> list[tuple[str, str]]:
@@ -175,18 +179,15 @@ def read_annotations(path: str) -> list[dict]:
 
 @dataclasses.dataclass(frozen=True)
 class _VisualGenomeCases:
+  source: ImageList
   entries: list[dict]
-  folder: str
 
   def __len__(self):
     return len(self.entries)
 
   def __getitem__(self, index: int) -> Case:
     entry = self.entries[index]
-    try:
-      image = decode((pathlib.Path(self.folder) / entry['image_path']).read_bytes())
-    except OSError as e:
-      raise BadRecord(f'{entry["image_path"]}: {e.strerror}') from e
+    image = decode(self.source[index]['image'])
     x, y, w, h = (int(entry[f'bbox_{key}']) for key in 'xywh')
     box = np.asarray(image)[max(y, 0) : y + h, max(x, 0) : x + w]
     if not box.size:
@@ -252,23 +253,18 @@ def _tag_scene(caption):
 
 @dataclasses.dataclass(frozen=True)
 class _OrderCases:
-  entries: list[tuple[str, str]]
-  folder: str
+  source: ImageList
+  captions: list[str]
 
   def __len__(self):
-    return len(self.entries)
+    return len(self.captions)
 
   def __getitem__(self, index: int) -> Case:
-    image, caption = self.entries[index]
-    try:
-      content = (pathlib.Path(self.folder) / image).read_bytes()
-    except OSError as e:
-      raise BadRecord(f'{image}: {e.strerror}') from e
-    caption = ' '.join(caption.split()[:_MAX_WORDS])
+    caption = ' '.join(self.captions[index].split()[:_MAX_WORDS])
     false = shuffles(caption, spacy_tagger(), np.random.default_rng((_SEED, index)))
     if not false:
       raise BadRecord('the caption has an order of words that cannot be changed')
-    return Case(content, (caption, *false), 'all')
+    return Case(self.source[index]['image'], (caption, *false), 'all')
 
 
 @functools.cache
@@ -329,13 +325,17 @@ def shuffles(caption: str, tag: Tagger, rng: np.random.Generator) -> tuple[str, 
 class _Batches:
   """Random access to cases in batches (for `data.iterate`)."""
 
-  source: Sequence[Case]
+  cases: _ScenesCases | _VisualGenomeCases | _OrderCases
   transform: data.Transform
   choices: int
   batch_size: int
 
+  @property
+  def source(self) -> data.Source:
+    return self.cases.source
+
   def __len__(self):
-    return math.ceil(len(self.source) / self.batch_size)
+    return math.ceil(len(self.cases) / self.batch_size)
 
   def __getitem__(self, element: int) -> CaseBatch:
     size, length = self.transform.image_size, self.transform.text_length
@@ -344,9 +344,9 @@ class _Batches:
     tokens = np.zeros((self.batch_size, self.choices, length), np.int32)
     groups = [''] * self.batch_size
     first = int(element) * self.batch_size
-    for i in range(min(self.batch_size, len(self.source) - first)):
+    for i in range(min(self.batch_size, len(self.cases) - first)):
       try:
-        case = self.source[first + i]
+        case = self.cases[first + i]
         images[i] = self.transform.view(case.image)
       except BadRecord:
         continue

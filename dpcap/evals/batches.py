@@ -29,10 +29,11 @@ def each(
   Args:
     subject: the model under evaluation.
     title: of the progress bar.
-    batches: random access to batches.
+    batches: random access to batches, of records of their `source`.
     compute: from a batch to what is wanted of it, a small thing of numpy arrays, lists, strings.
     start: the first batch.
   """
+  subject.note(batches.source)
   count, index = jax.process_count(), jax.process_index()
   mine = data.iterate(data.EveryNth(batches, count, start + index), 0, subject.workers)
   with contextlib.closing(mine):

@@ -159,6 +159,10 @@ class _Subset:
     chosen = hashlib.sha256(repr(self.numbers).encode()).hexdigest()
     return f'{chosen} of {self.source.fingerprint}'
 
+  @property
+  def contents(self) -> data.Contents:
+    return self.source.contents  # whose labels were looked at, all of them
+
   def __len__(self) -> int:
     return len(self.numbers)
 

@@ -18,6 +18,8 @@ class Subject(NamedTuple):
     untrained: the same before training.
     transform: makes evaluation views; holds the tokenizer.
     make_source: a source section of the config -> the source.
+    note: is told every source that an evaluator reads, by `batches.each` if by nothing else; it
+      decides whether the result may be published.
     workers: processes that load data.
     cache: folder for features; None: they are not kept.
   """
@@ -27,6 +29,7 @@ class Subject(NamedTuple):
   untrained: dict[str, Any]
   transform: data.Transform
   make_source: Callable[[Any], data.Source]
+  note: Callable[[data.Source], None]
   workers: int
   cache: pathlib.Path | None = None
 

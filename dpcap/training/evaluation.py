@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer
 from dpcap.training.step import init_state
+from dpcap.training.training_data import TrainingData
 
 PyTree = Any
 
@@ -58,13 +61,13 @@ class Evaluations:
   ) -> dict[str, evals.Result]:
     """Evaluates and writes folder/NAME.json each; returns the results.
 
-    Every process has a share of the images. Each file says whether its evaluation read the
-    training data (`uses_training_data`), which puts it outside the guarantee; all others follow
-    from a released model.
+    Every process has a share of the images. Each file says whether its evaluation read, or may have
+    read, the training data (`uses_training_data`), which puts it outside the guarantee; all others
+    follow from a released model.
 
     Args:
       variables: {'params', 'frozen'}, whole on all devices.
-      checkpoint: the directory that holds them.
+      checkpoint: the directory that holds them, WORKDIR/checkpoints/STEP of the run that made it.
       folder: created if need be.
       cache: folder where features are kept, for other evaluations and later ones.
 
@@ -72,30 +75,47 @@ class Evaluations:
       UserError: if an evaluator refuses its data, or the folder cannot be written.
     """
     config = self._config
-    subject = evals.Subject(
+    make_subject = functools.partial(
+      evals.Subject,
       # To scan blocks is for compiling the training step; evaluations look into blocks.
       model=self._model.clone(scan_blocks=False, remat=False),
       variables=_on_this_process(variables),
       untrained=_on_this_process(self.untrained),
       transform=data.Transform(config.data.image_size, config.data.text_length, self._tokenizer),
-      make_source=functools.partial(build.make_source, config),
       workers=config.data.workers,
       cache=cache,
     )
-    results = {}
+    results, training_data = {}, TrainingData(checkpoint)
     for name, entry in config.evals.items():
       options = entry.to_dict()
-      evaluator = options.pop('name')
+      evaluator, apart = options.pop('name'), options.pop('apart')
+      read = []
+      subject = make_subject(make_source=_noting(read, config), note=read.append)
       results[name] = evals.EVALUATORS[evaluator](subject, **options)
       if processes.is_main():
+        verdict = training_data.judge(read, apart)
         about = {
           'checkpoint': checkpoint,
           'evaluator': evaluator,
           'options': options,
-          'uses_training_data': any(_same_records(option, config) for option in options.values()),
+          'uses_training_data': verdict.uses_training_data,
+          'apart': {'declared': verdict.declared, 'why': verdict.why},
+          'fingerprints': list(dict.fromkeys(source.fingerprint for source in read)),
         }
         _write(folder / f'{name}.json', name, results[name], about)
     return results
+
+
+def _noting(
+  read: list[data.Source], config: ml_collections.ConfigDict
+) -> Callable[[Any], data.Source]:
+  """Makes sources from their sections, and adds them to `read`."""
+
+  def make_source(section):
+    read.append(build.make_source(config, section))
+    return read[-1]
+
+  return make_source
 
 
 def _on_this_process(variables: PyTree) -> PyTree:
@@ -104,19 +124,23 @@ def _on_this_process(variables: PyTree) -> PyTree:
   return jax.device_put(models.unstack_blocks(jax.tree.map(np.asarray, variables)), sharding)
 
 
-def _same_records(option: Any, config: ml_collections.ConfigDict) -> bool:
-  """Whether an evaluator's option is the source that the model was trained on."""
-  if not isinstance(option, dict):
-    return False
-  ignored = ('label', 'label_key', 'index_dir')
-  bare = lambda source: {k: v for k, v in source.items() if k not in ignored}
-  return bare(option) == bare(config.data.source.to_dict())
-
-
 def _write(path: pathlib.Path, name: str, result: evals.Result, about: dict[str, Any]) -> None:
-  head = {'name': name, 'metric': result.metric, 'value': result.value, 'n': result.n}
+  head = {'name': name, 'metric': result.metric, 'value': result.value, 'n': result.n, **about}
+  # No detail of an evaluator may stand for what is said about it here.
+  record = _finite({**head, **result.details, **head})
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({**head, **about, **result.details}, indent=2) + '\n')
+    write_whole(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
+    if about['uses_training_data']:
+      path.chmod(0o600)  # its name does not say that it may hold captions of the training data
   except OSError as e:
     raise UserError(f'{path}: cannot be written ({e.strerror})') from e
+
+
+def _finite(tree: Any) -> Any:
+  """The same with None for NaN and infinities, which JSON lacks; a diverged model has such."""
+  if isinstance(tree, dict):
+    return {key: _finite(value) for key, value in tree.items()}
+  if isinstance(tree, (list, tuple)):
+    return [_finite(value) for value in tree]
+  return None if isinstance(tree, float) and not math.isfinite(tree) else tree

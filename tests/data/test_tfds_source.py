@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -155,6 +156,21 @@ def test_pickles_small_also_after_reading(data_dir):
   data = pickle.dumps(source)
   assert len(data) < 2000
   assert pickle.loads(data)[4] == source[4]
+
+
+def test_the_fingerprint_is_of_the_files(tmp_path):
+  folder = prepare(tmp_path)
+  find = lambda split: TfdsSource('pairs', split, str(tmp_path)).fingerprint
+  before = find('train'), find('test')
+  assert (find('train'), find('test')) == before and before[0] != before[1]
+  file = folder / 'pairs-train.array_record-00001-of-00002'
+  state = file.stat()
+  os.utime(file, (state.st_atime, state.st_mtime + 10))
+  touched = find('train')
+  assert touched != before[0] and find('test') == before[1]
+  file.write_bytes(file.read_bytes() + b'x')
+  os.utime(file, (state.st_atime, state.st_mtime + 10))
+  assert find('train') not in (touched, before[0])
 
 
 def test_no_tensorflow_at_run_time(data_dir, tmp_path):

@@ -22,5 +22,6 @@ def _subject():
     variables,
     data.Transform(16, 24, tokenizer),
     lambda section: data.Scenes(image_size=16, **section),
+    note=lambda source: None,
     workers=0,
   )

@@ -153,7 +153,7 @@ def test_visual_genome_crops_to_the_box_and_leaves_out_what_cannot_be_used(subje
     _annotation('one.png', bbox_x=30),  # outside
     _annotation('one.png', relation_name='below'),
   ]
-  case = aro._VisualGenomeCases(entries, str(tmp_path))[0]
+  case = aro._VisualGenomeCases(data.ImageList(str(tmp_path), ['one.png']), entries)[0]
   np.testing.assert_array_equal(case.image, pixels[6:14, 4:14])
   path = tmp_path / 'visual_genome_relation.json'
   path.write_text(json.dumps(entries))

@@ -25,6 +25,7 @@ def _subject():
     variables,
     data.Transform(16, 6, tokenizer),
     lambda section: data.Scenes(image_size=16, **section),
+    note=lambda source: None,
     workers=0,
   )
 

@@ -91,3 +91,9 @@ def test_students_interval():
 def test_too_few_images_of_a_class_are_refused(subject):
   with pytest.raises(UserError, match='few_shot: 40 shots are asked for, but class .* has'):
     evaluate(subject, shots=(40,))
+
+
+def test_shots_are_records_of_their_source():
+  """All of which were looked at for their labels."""
+  source = data.Scenes(split='test', size=9, image_size=8)
+  assert few_shot._Subset(source, (3, 5)).contents == source.contents

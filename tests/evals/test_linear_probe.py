@@ -86,6 +86,7 @@ def _subject(sources):
     untrained={},
     transform=pipeline.Transform(4, 8, BytesTokenizer()),
     make_source=lambda name: sources[name],
+    note=lambda source: None,
     workers=0,
   )
 

@@ -65,9 +65,13 @@ def write_run(
     (workdir / 'evals').mkdir(exist_ok=True)
     absent = {'train': name, 'test': name, 'source': {'name': 'scenes', 'split': 'none'}}
     options = config.evals[name].to_dict() if name in config.evals else absent
-    record = {'name': name, 'checkpoint': '/elsewhere/1000', 'options': options} | record
+    record = {'name': name, 'checkpoint': '/elsewhere/1000', 'options': options} | PUBLIC | record
     (workdir / 'evals' / f'{name}.json').write_text(json.dumps(record))
   return workdir
+
+
+def scenes(split):
+  return data.make_source('scenes', image_size=16, split=split, size=10)
 
 
 def source(split, **options):
@@ -88,6 +92,11 @@ def probe(features, value, interval, classes=CLASSES):
   }
 
 
+PUBLIC = {
+  'uses_training_data': False,
+  'apart': {'declared': False, 'why': 'scenes of split train, and of test'},
+  'fingerprints': [scenes('test').fingerprint],
+}
 EVALS = {
   'private_features': probe('model', 0.9123, [0.9012, 0.9234]),
   'raw_pixels': probe('pixels', 0.8567, [0.8456, 0.8678]),
@@ -287,7 +296,7 @@ def test_confusion_has_a_picture(tmp_path, count):
 
 
 def test_retrieval_shows_what_was_found(tmp_path):
-  scenes = data.make_source('scenes', image_size=16, split='test', size=10)
+  images = scenes('test')
   record = {
     'metric': 'recall_at_1',
     'value': 0.5,
@@ -300,11 +309,14 @@ def test_retrieval_shows_what_was_found(tmp_path):
     'options': {'source': {'name': 'scenes', 'split': 'test', 'size': 10, 'label': 'color'}},
   }
   text = public(tmp_path, evals={'like': record})
-  same, other = (captions.image_uri(scenes[i]['image']) for i in (2, 4))
+  same, other = (captions.image_uri(images[i]['image']) for i in (2, 4))
   assert f'<span class="same"><img class="crisp" src="{same}"' in text
   assert f'<span class="other"><img class="crisp" src="{other}"' in text
-  assert captions.image_uri(scenes[7]['image']) in text
+  assert captions.image_uri(images[7]['image']) in text
   assert '50.0% among the first 1, 81.2% among the first 5' in plain(text)
+  changed = record | {'fingerprints': [scenes('train').fingerprint]}
+  text = public(tmp_path, evals={'like': changed})
+  assert 'the images have changed' in text and captions.image_uri(images[7]['image']) not in text
   record['options']['source']['split'] = 'none'
   assert 'Without images' in public(tmp_path, evals={'like': record})
 
@@ -328,18 +340,75 @@ def test_shots_and_guarantees_of_evaluations(tmp_path):
 
 def test_evaluations_in_training_are_curves(tmp_path):
   write_run(tmp_path, metrics=METRICS)
-  for step, value, private in ((20, 0.75, True), (3, 0.5, True), (20, 0.625, False)):
-    name = 'secret' if private else 'open'
+  # A series with a private result is private: the curve goes through it.
+  for name, step, value, private in (
+    ('secret', 20, 0.75, True),
+    ('secret', 3, 0.5, False),
+    ('open', 20, 0.625, False),
+  ):
     folder = tmp_path / f'evals/step_{step}'
     folder.mkdir(parents=True, exist_ok=True)
     record = {'name': name, 'metric': 'top1', 'value': value, 'interval95': [value, value]}
-    (folder / f'{name}.json').write_text(json.dumps(record | {'uses_training_data': private}))
+    marks = PUBLIC | {'uses_training_data': private}
+    (folder / f'{name}.json').write_text(json.dumps(record | marks))
   run = read_run(tmp_path)
   assert [record['step'] for record in run.evals_in_training['secret']] == [3, 20]
   texts = {name: plain(text) for name, text in page.make_pages(run).items()}
   assert 'open 62.5% at step 20' in texts['report.html']
   assert 'secret' not in texts['report.html']
   assert 'secret 75.0% at step 20' in texts['report.private.html']
+
+
+@pytest.mark.parametrize(
+  'marks',
+  [
+    {'uses_training_data': True},
+    {'uses_training_data': None},
+    {},
+    {'uses_training_data': False},  # of a version that compared configs
+    PUBLIC | {'uses_training_data': 'false'},
+  ],
+)
+def test_only_what_is_marked_apart_is_on_the_public_page(tmp_path, marks):
+  write_run(tmp_path, evals=EVALS)
+  for name in ('captions', 'private_features'):
+    path = tmp_path / f'evals/{name}.json'
+    record = json.loads(path.read_text())
+    bare = {key: value for key, value in record.items() if key not in PUBLIC} | marks
+    path.write_text(json.dumps(bare | {'fingerprints': record['fingerprints']}))
+    (tmp_path / 'evals/step_5').mkdir(exist_ok=True)
+    (tmp_path / f'evals/step_5/{name}.json').write_text(json.dumps(bare | {'name': 'then'}))
+  texts = page.make_pages(read_run(tmp_path))
+  image = captions.image_uri(scenes('test')[0]['image'])
+  for shown in (image, 'a large red', '91.2%', '<h2>Captions', 'then'):
+    assert shown not in texts['report.html'], shown
+    assert shown in texts['report.private.html'].replace('<u>large</u>', 'large'), shown
+  assert '85.7%' in texts['report.html']
+
+
+def test_nothing_to_show_is_said(tmp_path):
+  private = EVALS['captions'] | {'uses_training_data': True}
+  text = plain(public(tmp_path, evals={'captions': private}))
+  assert 'has no evaluation that this page may show' in text
+
+
+def test_images_that_changed_since_are_not_shown(tmp_path):
+  """The marks, and the numbers of the images, are of the source that was evaluated."""
+  other = {'fingerprints': [scenes('train').fingerprint]}
+  text = public(tmp_path, evals={'captions': EVALS['captions'] | other})
+  assert 'Without images: the images have changed since they were evaluated' in text
+  assert 'data:image/png' not in text
+
+
+def test_what_was_declared_is_said(tmp_path, full):
+  declared = {'apart': {'declared': True, 'why': 'declared'}}
+  text = plain(public(tmp_path, evals=EVALS | {'raw_pixels': EVALS['raw_pixels'] | declared}))
+  assert 'that none of the training images was read for raw pixels.' in text
+  assert 'Declared by' not in full['report.html']
+  # Nor where it was declared that they were read.
+  private = EVALS['raw_pixels'] | declared | {'uses_training_data': True}
+  for text in pages(tmp_path, evals=EVALS | {'raw_pixels': private}).values():
+    assert 'Declared by' not in text
 
 
 def test_captions_mark_what_is_wrong():
@@ -350,9 +419,9 @@ def test_captions_mark_what_is_wrong():
 
 
 def test_images_are_those_of_the_source(full):
-  scenes = data.make_source('scenes', image_size=16, split='test', size=10)
+  images = scenes('test')
   for index in (0, 1):
-    assert captions.image_uri(scenes[index]['image']) in full['report.html']
+    assert captions.image_uri(images[index]['image']) in full['report.html']
   assert captions.image_uri(np.zeros((300, 300, 3), np.uint8)).startswith('data:image/jpeg')
 
 
@@ -379,7 +448,7 @@ def test_epsilon_without_a_bound(tmp_path):
 
 def test_missing_parts_are_said(tmp_path):
   text = plain(public(tmp_path))
-  assert 'has not been evaluated' in text and 'metrics.jsonl has no finite value' in text
+  assert 'has no evaluation that this page may show' in text and 'metrics.jsonl has no finite value' in text
 
 
 def test_values_that_are_not_finite(tmp_path):

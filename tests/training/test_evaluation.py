@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,9 +13,13 @@ from dpcap import config as config_lib
 from dpcap import evals
 from dpcap.errors import UserError
 from dpcap.evals import aro
-from dpcap.training import loop
+from dpcap.training import build, loop
 from dpcap.training.evaluation import Evaluations
 from tests import tiny
+from tests.training.test_training_data import write_run
+from tools.report_parts import page
+from tools.report_parts.captions import image_uri
+from tools.report_parts.run import read_run
 
 
 def _config(**train):
@@ -114,11 +120,116 @@ def test_every_evaluator_runs_from_a_config(tmp_path, monkeypatch):
     for name, options in entries.items()
   }
   config_lib.validate(config)
-  evaluations = Evaluations(config)
-  folder = tmp_path / 'evals'
-  results = evaluations.run(evaluations.untrained, 'nowhere', folder, cache=folder / 'cache')
-  for name, result in results.items():
-    record = json.loads((folder / f'{name}.json').read_text())
-    assert record['evaluator'] == name and record['value'] == result.value and record['n'] > 0
+  scenes = {'name': 'scenes', 'split': 'validation', 'size': 7}
+  checkpoint = write_run(tmp_path / 'run', scenes, 7)
+  results, records = _evaluate(config, tmp_path / 'evals', checkpoint)
+  for name, record in records.items():
+    assert record['evaluator'] == name and record['n'] > 0
+    assert record['value'] == results[name].value
     low, high = record['interval95']
     assert 0 <= low <= record['value'] <= high <= 1
+    # Probes are fitted to the validation scenes, whatever they are judged on.
+    assert record['uses_training_data'] == ('train' in record['options']), name
+    assert record['fingerprints'] and record['apart']['declared'] is False
+    assert 'apart' not in record['options']
+
+  # The images of a folder, those named in a file of annotations.
+  config.evals = {name: config.evals[name] for name in ('aro_order', 'aro_visual_genome')}
+  (tmp_path / 'images/all/class').mkdir(parents=True)
+  picture = tmp_path / 'images/all/class/copy.png'
+  shutil.copy(tmp_path / 'a.png', picture)
+  images = {'name': 'image_folder', 'path': str(tmp_path / 'images'), 'split': 'all'}
+  checkpoint = write_run(tmp_path / 'other', images, 1)
+  for private in (True, False):
+    _, records = _evaluate(config, tmp_path / 'evals', checkpoint)
+    assert [r['uses_training_data'] for r in records.values()] == [private] * 2
+    picture.write_bytes(picture.read_bytes() + b'x')
+
+
+def _evaluate(config, folder, checkpoint):
+  """Results and records of the untrained model, as if it were that checkpoint's."""
+  evaluations = Evaluations(config)
+  results = evaluations.run(
+    evaluations.untrained, str(checkpoint), folder, cache=folder.with_name('cache')
+  )
+  invalid = lambda constant: pytest.fail(f'{constant} is not JSON')
+  return results, {
+    name: json.loads((folder / f'{name}.json').read_text(), parse_constant=invalid)
+    for name in results
+  }
+
+
+@pytest.fixture(name='trained', scope='module')
+def _trained(tmp_path_factory):
+  """A checkpoint of `tiny`: of 400 scenes of the train split."""
+  folder = tmp_path_factory.mktemp('run') / 'run'
+  loop.train(_config(steps=2), folder)
+  return folder / 'checkpoints/2'
+
+
+@pytest.mark.parametrize(
+  'section, apart, private, declared',
+  [
+    (dict(split='train', size=400), None, True, False),
+    (dict(split='train', size=300), None, True, False),  # a part of them
+    (dict(split='train', size=300), True, True, False),  # whatever is declared
+    (dict(split='test', size=300), None, False, False),
+    (dict(split='test', size=300), False, True, True),
+  ],
+)
+def test_what_is_private_does_not_reach_the_public_page(
+  trained, tmp_path, section, apart, private, declared
+):
+  """The config of the evaluation says that it was trained on other data."""
+  config = _config()
+  config.data.source = config_lib.source_config('scenes', split='test', size=300)
+  section = config_lib.source_config('scenes', **section)
+  options = dict(source=section, images=2, apart=apart)
+  config.evals = {'seen': config_lib.evaluator_config('captions', **options)}
+  config_lib.validate(config)
+  workdir = tmp_path / 'run'
+  shutil.copytree(trained.parents[1], workdir)
+  _, records = _evaluate(config, workdir / 'evals', workdir / 'checkpoints/2')
+  assert records['seen']['uses_training_data'] == private
+  assert records['seen']['apart']['declared'] == declared
+  assert ((workdir / 'evals/seen.json').stat().st_mode & 0o77 == 0) == private
+  texts = page.make_pages(read_run(workdir))
+  image = image_uri(build.make_source(config, section)[1]['image'])
+  assert (image in texts['report.html']) == (not private)
+  assert image in texts.get('report.private.html', texts['report.html'])
+
+
+def test_evaluators_that_read_nothing_known_are_private(trained, tmp_path, monkeypatch):
+  """A new evaluator that opens files by itself, forgets to say so, and says what it may not."""
+  details = {
+    'uses_training_data': False,
+    'apart': {},
+    'perplexity': math.nan,
+    'bounds': [(math.inf, -math.inf), {'x': 1.5}],
+  }
+  result = evals.Result('exact_match', 0.5, 2, details)
+  monkeypatch.setitem(evals.EVALUATORS, 'captions', lambda subject, **options: result)
+  _, records = _evaluate(_config(), tmp_path / 'evals', trained)
+  record = records['written']
+  assert record['uses_training_data'] is True and record['apart']['why']
+  assert record['perplexity'] is None and record['bounds'] == [[None, None], {'x': 1.5}]
+
+
+@pytest.mark.parametrize('split, private', [('train', True), ('test', False)])
+def test_sources_that_are_opened_count_as_read(trained, tmp_path, monkeypatch, split, private):
+  """By whatever means their records come to the model."""
+  section = config_lib.source_config('scenes', split=split, size=3)
+
+  def evaluate(subject, **options):
+    return evals.Result('top1', 0.5, len(subject.make_source(section)), {})
+
+  monkeypatch.setitem(evals.EVALUATORS, 'captions', evaluate)
+  _, records = _evaluate(_config(), tmp_path / 'evals', trained)
+  assert records['written']['uses_training_data'] == private
+
+
+def test_every_entry_can_declare_itself_apart():
+  for name in evals.EVALUATORS:
+    entry = config_lib.evaluator_config(name)
+    assert entry.apart is None
+    entry.apart = True

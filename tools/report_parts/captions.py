@@ -24,9 +24,9 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
   """HTML of an evaluation by captions; without images if its source cannot be read."""
   entries = record['captions'][:_MAX_IMAGES]
   try:
-    pictures = [picture(view) for view in _views(config, record['options']['source'], entries)]
+    pictures = [picture(view) for view in _views(config, record, entries)]
     absent = ''
-  except (UserError, BadRecord, LookupError) as e:
+  except (UserError, OSError, BadRecord, LookupError) as e:
     pictures = [''] * len(entries)
     absent = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
   figures = []
@@ -81,10 +81,23 @@ def picture(view: np.ndarray) -> str:
   return f'<img{crisp} src="{image_uri(view)}" alt="">'
 
 
+def open_source(config: ml_collections.ConfigDict, record: dict[str, Any]) -> data.Source:
+  """The source that was evaluated.
+
+  Raises:
+    UserError: if it cannot be opened, or is another one by now: the record's numbers of images, and
+      what it says of privacy, are of the one that was there.
+  """
+  source = build.make_source(config, record['options']['source'])
+  if source.fingerprint not in record['fingerprints']:
+    raise UserError('the images have changed since they were evaluated')
+  return source
+
+
 def _views(
-  config: ml_collections.ConfigDict, options: dict[str, Any], entries: Sequence[dict]
+  config: ml_collections.ConfigDict, record: dict[str, Any], entries: Sequence[dict]
 ) -> list[np.ndarray]:
   """What the model saw, uint8 (H, W, 3)."""
-  source = build.make_source(config, options)
+  source = open_source(config, record)
   transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer=None)
   return [transform.view(source[entry['index']]['image']) for entry in entries]

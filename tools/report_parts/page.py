@@ -38,13 +38,12 @@ _DIAGNOSTICS = (
 
 def make_pages(run: Run) -> dict[str, str]:
   """File name -> HTML: the public page and, if there are diagnostics, the private one."""
-  public = {name: e for name, e in run.evals.items() if not e.get('uses_training_data')}
   run_public = run._replace(
-    evals=public,
+    evals={name: record for name, record in run.evals.items() if _is_public(record)},
     evals_in_training={
       name: records
       for name, records in run.evals_in_training.items()
-      if not any(record.get('uses_training_data') for record in records)
+      if all(map(_is_public, records))
     },
   )
   template = string.Template(_TEMPLATE.read_text(encoding='utf-8'))
@@ -56,6 +55,14 @@ def make_pages(run: Run) -> dict[str, str]:
       diagnostics=_diagnostics(run) if run.diagnostics else _LEFT_OUT,
     )
   return pages
+
+
+def _is_public(record: dict[str, Any]) -> bool:
+  """Whether a result is marked as one that the training data had no part in, but by the model.
+
+  One that does not say why it is apart is of a version that compared configs, not records.
+  """
+  return record.get('uses_training_data') is False and 'apart' in record
 
 
 def _slots(run: Run) -> dict[str, str]:

@@ -15,14 +15,15 @@ _DRAWN_CLASSES = 40  # a bar each
 def section(run: Run) -> str:
   """HTML of all evaluations but the captions themselves."""
   if not run.evals:
-    return '<p class="absent">The run has not been evaluated yet: no evals/*.json.</p>'
+    return '<p class="absent">The run has no evaluation that this page may show.</p>'
   others = [record for record in run.evals.values() if not probes.is_probe(record)]
-  return ''.join(_probe_group(group) for group in probes.comparable(run)) + _others(others)
+  groups = ''.join(_probe_group(group) for group in probes.comparable(run))
+  return groups + _others(others) + _declared(run.evals.values())
 
 
 def in_training(run: Run) -> str:
   """HTML of the evaluations that were run in the middle of training: a curve each."""
-  return ''.join(
+  panels = (
     panel(
       records,
       Curve(
@@ -36,6 +37,8 @@ def in_training(run: Run) -> str:
     )
     for records in run.evals_in_training.values()
   )
+  latest = (records[-1] for records in run.evals_in_training.values())
+  return ''.join(panels) + _declared(latest)
 
 
 def _probe_group(group: Sequence[dict[str, Any]]) -> str:
@@ -92,6 +95,21 @@ def _guarantee(record: dict[str, Any]) -> str:
   return (
     f'<p class="about"><b>{escape(probes.title(record))}.</b>'
     f' {escape(str(record["privacy"].get("text", "")))}</p>'
+  )
+
+
+def _declared(records: Iterable[dict[str, Any]]) -> str:
+  """Which results are public on somebody's word."""
+  names = [
+    probes.title(record)
+    for record in records
+    if record.get('apart', {}).get('declared') and not record['uses_training_data']
+  ]
+  if not names:
+    return ''
+  return (
+    f'<p class="about">Declared by those who evaluated, not seen in the records: that none of the'
+    f' training images was read for {escape(", ".join(names))}.</p>'
   )
 
 

@@ -8,18 +8,17 @@ import ml_collections
 from dpcap import data
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
-from dpcap.training import build
 from tools.report_parts import captions, probes
 
 
 def section(config: ml_collections.ConfigDict, record: dict[str, Any]) -> str:
   """HTML of an evaluation by retrieval; without images if its source cannot be read."""
   try:
-    source = build.make_source(config, record['options']['source'])
+    source = captions.open_source(config, record)
     transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer=None)
     picture = lambda number: captions.picture(transform.view(source[number]['image']))
     rows = ''.join(_row(example, picture) for example in record['examples'])
-  except (UserError, BadRecord, LookupError, TypeError) as e:
+  except (UserError, OSError, BadRecord, LookupError, TypeError) as e:
     rows = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
   recall = ', '.join(
     f'{entry["value"]:.1%} among the first {html.escape(k)}'
