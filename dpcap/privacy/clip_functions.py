@@ -56,7 +56,7 @@ class Automatic:
   def __post_init__(self):
     if not SMALLEST_GAMMA <= self.gamma < float('inf'):
       raise ValueError(
-        f'gamma is {self.gamma}; it must be finite and at least {SMALLEST_GAMMA}'
+        f'gamma is {self.gamma}; it must be positive and finite, at least {SMALLEST_GAMMA}'
       )
 
   def __call__(self, norms: jax.Array, clip_norm: float) -> jax.Array:

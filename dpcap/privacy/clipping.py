@@ -208,7 +208,8 @@ def plain_sum(
 
   The non-private counterpart of `clipped_sum`, by one batched backward pass, for runs
   with epsilon = infinity. Same arguments. An example whose gradient is not finite contributes
-  zero, and its factor says so. `norms` are 0, or NaN for such an example: they are not computed.
+  zero, and its factor is 0; so does a batch whose sum alone overflows. `norms` are NaN: they
+  are not computed.
   """
   batch = jax.tree.map(jnp.asarray, batch)
   mask = _checked_mask(mask, batch)
@@ -227,18 +228,18 @@ def plain_sum(
       return jax.lax.map(one, batch)
 
     # Rare, and then one by one.
-    every = lambda _: jnp.ones(mask.shape, bool)
-    usable = jax.lax.cond(_is_finite(grads), every, look_at_each, None)
+    finite = _is_finite(grads)
+    usable = jax.lax.cond(finite, lambda _: jnp.ones(mask.shape, bool), look_at_each, None)
     return ClippedSum(
-      sum=grads,
+      # Where each is finite and the sum is not, it is zero.
+      sum=jax.tree.map(lambda g: jnp.where(finite, g, 0), grads),
       norms=jnp.where(usable, 0.0, jnp.nan),
       factors=jnp.where(mask, 1.0, 0.0),
       losses=losses,
     )
 
-  if not mask.size:
-    return attempt(batch, mask)
-  return without_unusable(attempt, batch, mask)
+  result = without_unusable(attempt, batch, mask) if mask.size else attempt(batch, mask)
+  return result._replace(norms=jnp.full(mask.shape, jnp.nan))
 
 
 def _is_finite(tree: PyTree) -> jax.Array:

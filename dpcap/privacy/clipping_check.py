@@ -70,6 +70,12 @@ def check_clipping(
   # Not Python's max, which can lose a NaN.
   difference = float(np.maximum(norms, np.linalg.norm(list(errors.values())) / max(total, tiny)))
   allowed = _LOW_PRECISION_TOLERANCE if low_precision else _TOLERANCE
+  if not difference <= allowed:
+    worst = max(errors, key=errors.get)
+    raise ClippingMismatch(
+      f'clipping {strategy!r} differs from vmap by {difference:.2g} (allowed: {allowed:g}), most in'
+      f' {worst}; this model needs clipping vmap'
+    )
   for name in ('losses', 'norms'):
     here, there = getattr(actual, name)[0], getattr(by_itself, name)[0]
     if not abs(here - there) <= allowed * abs(here):
@@ -77,10 +83,4 @@ def check_clipping(
         f'{name} of an example change with its company, {here:g} among others and {there:g} among'
         ' copies of itself: the loss mixes examples, which no clipping makes private'
       )
-  if not difference <= allowed:
-    worst = max(errors, key=errors.get)
-    raise ClippingMismatch(
-      f'clipping {strategy!r} differs from vmap by {difference:.2g} (allowed: {allowed:g}), most in'
-      f' {worst}; this model needs clipping vmap'
-    )
   return difference

@@ -54,22 +54,25 @@ def bind_again(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
   return outs if eqn.primitive.multiple_results else [outs]
 
 
-def named_axes(jaxpr: core.ClosedJaxpr) -> frozenset[str]:
-  """Axes that a trace refers to and that are named outside of it."""
-  return frozenset(
-    effect.name for effect in jaxpr.effects if type(effect).__name__ == 'NamedAxisEffect'
-  )
-
-
-def axes_of(eqn: core.JaxprEqn) -> frozenset[Any]:
+def axes_of(eqn: core.JaxprEqn) -> frozenset[str]:
   """The axes, by name, that an equation itself runs over."""
   found = set()
   for key in ('axis_name', 'axes'):
     value = eqn.params.get(key, ())
     found.update(value if isinstance(value, (tuple, list, frozenset)) else [value])
-  return frozenset(found)
+  return frozenset(axis for axis in found if isinstance(axis, str))
+
+
+def axes_named_by(eqn: core.JaxprEqn) -> frozenset[str]:
+  """The axes that an equation names for what is inside of it: those of a shard_map."""
+  if eqn.primitive.name != 'shard_map':
+    return frozenset()
+  return frozenset(eqn.params.get('newly_manual_axes') or eqn.params['mesh'].axis_names)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
   """The axes of a shard_map with check_vma=True over which a value varies."""
-  return frozenset(getattr(jax.typeof(x), 'vma', ()) if isinstance(x, jax.Array) else ())
+  aval = jax.typeof(x) if isinstance(x, jax.Array) else None
+  if hasattr(aval, 'manual_axis_type'):
+    return frozenset(aval.manual_axis_type.varying)
+  return frozenset(getattr(aval, 'vma', ()))

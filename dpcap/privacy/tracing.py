@@ -51,9 +51,8 @@ def trace_loss(
     lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[first:], jnp.result_type(x))
   )
   jaxpr = jax.make_jaxpr(loss_fn)(jax.tree.map(struct(0), params), jax.tree.map(struct(1), batch))
-  axes = jax_internals.named_axes(jaxpr)
-  for eqn in _equations(jaxpr.jaxpr):
-    reason = _way_around(eqn, axes)
+  for eqn, own_axes in _equations(jaxpr.jaxpr):
+    reason = _way_around(eqn, own_axes)
     if reason:
       raise MixedExamplesError(
         f'the loss of one example has {reason}, which can see other examples; clipping bounds'
@@ -62,11 +61,11 @@ def trace_loss(
   return jaxpr
 
 
-def _way_around(eqn: core.JaxprEqn, axes: frozenset[str]) -> str | None:
-  """What in an equation could see the batch, in words."""
-  used = axes & jax_internals.axes_of(eqn)
-  if used:
-    return f'{eqn.primitive.name} over the named axis {", ".join(sorted(used))}'
+def _way_around(eqn: core.JaxprEqn, own_axes: frozenset[str]) -> str | None:
+  """What in an equation could see the batch, in words; the loss itself named `own_axes`."""
+  others = jax_internals.axes_of(eqn) - own_axes
+  if others:
+    return f'{eqn.primitive.name} over the named axis {", ".join(sorted(others))}'
   if eqn.primitive.name == 'custom_vmap_call':
     rule = eqn.params['rule']
     return f'a batching rule of its own, {getattr(rule, "__name__", rule)} (custom_vmap)'
@@ -77,9 +76,12 @@ def _way_around(eqn: core.JaxprEqn, axes: frozenset[str]) -> str | None:
   return None
 
 
-def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-  """Every equation, those inside of others too."""
+def _equations(
+  jaxpr: core.Jaxpr, own_axes: frozenset[str] = frozenset()
+) -> Iterator[tuple[core.JaxprEqn, frozenset[str]]]:
+  """Every equation, those inside of others too, with the axes that those named."""
   for eqn in jaxpr.eqns:
-    yield eqn
+    yield eqn, own_axes
+    inside = own_axes | jax_internals.axes_named_by(eqn)
     for inner in jax_internals.inner_jaxprs(eqn):
-      yield from _equations(inner)
+      yield from _equations(inner, inside)

@@ -1,10 +1,13 @@
 """Clip functions: what they compute, and that no scaled norm is above C."""
 
 import jax
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpcap import privacy
+from dpcap.privacy import clip_functions
 
 FUNCTIONS = [privacy.Clip(), privacy.Automatic(), privacy.Automatic(gamma=5.0)]
 
@@ -28,7 +31,7 @@ def test_automatic_is_clip_norm_over_norm_plus_gamma(rng):
   np.testing.assert_allclose(privacy.Automatic(0.5)(norms, 2.0), 2 / (norms + 0.5), rtol=1e-6)
 
 
-@pytest.mark.parametrize('gamma', [0.0, -1.0, float('inf'), float('nan')])
+@pytest.mark.parametrize('gamma', [0.0, -1.0, 1e-20, float('inf'), float('nan')])
 def test_gamma_must_be_positive_and_finite(gamma):
   with pytest.raises(ValueError, match='gamma is .*positive'):
     privacy.Automatic(gamma)
@@ -52,3 +55,32 @@ def test_the_sum_is_scaled_by_the_factors_that_come_back(rng, strategy):
   np.testing.assert_allclose(result.norms, norms, rtol=1e-6)
   np.testing.assert_allclose(result.factors, mask * 0.7 / (norms + 0.01), rtol=1e-5)
   np.testing.assert_allclose(result.sum, np.asarray(result.factors) @ batch, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+@pytest.mark.parametrize('entry', [1e-20, 3e-20, 1e-19, 1e-15])
+def test_gradients_whose_squares_vanish_stay_within_clip_norm(strategy, entry):
+  clip_function = privacy.Automatic(clip_functions.SMALLEST_GAMMA)
+  result = privacy.clipped_sum(
+    lambda p, x: jnp.sum(p['direct'] * x) + jnp.sum(jnp.outer(x[:90], x[:90]) * p['w']) * 1e10,
+    {'direct': jnp.zeros(10_000), 'w': jnp.zeros((90, 90))},
+    jnp.full((1, 10_000), entry),
+    clip_norm=1.0,
+    clip_function=clip_function,
+    strategy=strategy,
+  )
+  total = np.sqrt(sum(np.sum(np.square(np.float64(x))) for x in jax.tree.leaves(result.sum)))
+  assert total <= 1 + 1e-5
+
+
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+def test_factors_that_would_overflow_what_they_weigh_are_cut(strategy):
+  result = privacy.clipped_sum(
+    lambda p, e: jnp.sum((e['x'] @ p) * e['g']),
+    jnp.zeros((4, 5)),
+    {'x': jnp.full((1, 3, 4), 1e8), 'g': jnp.full((1, 3, 5), 1e-20)},
+    clip_norm=1e30,
+    clip_function=privacy.Automatic(0.01),
+    strategy=strategy,
+  )
+  assert np.isfinite(result.sum).all() and np.any(result.sum)

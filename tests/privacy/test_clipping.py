@@ -363,10 +363,51 @@ def test_plain_sum_is_float32_for_bfloat16_parameters(rng):
   assert {leaf.dtype for leaf in jax.tree.leaves(result.sum)} == {np.dtype(np.float32)}
 
 
-def test_plain_sum_drops_a_batch_that_is_not_finite_as_a_whole(rng):
+@pytest.mark.parametrize('value', [NAN, INF])
+def test_plain_sum_drops_the_examples_whose_gradient_is_not_finite(rng, value):
   params, batch = make_params(rng), make_batch(rng)
-  batch['poison'][3] = NAN
-  assert norm(plain(params, batch, np.ones(BATCH, bool)).sum) == 0
+  bad = np.arange(BATCH) % 4 == 1
+  expected = plain(params, batch, ~bad)
+  batch['poison'][bad] = value
+  actual = plain(params, batch, np.ones(BATCH, bool))
+  assert norm(difference(actual.sum, expected.sum)) <= 1e-6 * norm(expected.sum)
+  np.testing.assert_array_equal(actual.factors, ~bad)
+  nothing = plain(params, batch, bad)
+  assert norm(nothing.sum) == 0 and not nothing.factors.any()
+
+
+@pytest.mark.parametrize('function', ['plain', *privacy.CLIPPING_STRATEGIES])
+def test_nothing_comes_of_an_empty_batch(function):
+  loss = lambda p, x: jnp.sum(x @ p['w'] + p['b'])
+  params, batch = {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)}, jnp.zeros((0, 3))
+  if function == 'plain':
+    result = privacy.plain_sum(loss, params, batch)
+  else:
+    result = privacy.clipped_sum(loss, params, batch, clip_norm=1.0, strategy=function)
+  assert jax.tree.map(jnp.shape, result.sum) == {'w': (3, 2), 'b': (2,)}
+  assert norm(result.sum) == 0
+  assert result.norms.shape == result.factors.shape == result.losses.shape == (0,)
+
+
+@pytest.mark.parametrize('function', ['plain', *privacy.CLIPPING_STRATEGIES])
+@pytest.mark.parametrize('params', [{}, {'unused': jnp.ones(3)}])
+def test_a_loss_without_gradient_sums_to_zero(function, params):
+  loss = lambda p, x: jnp.sum(x)
+  if function == 'plain':
+    result = privacy.plain_sum(loss, params, jnp.ones((2, 3)))
+  else:
+    result = privacy.clipped_sum(loss, params, jnp.ones((2, 3)), clip_norm=1.0, strategy=function)
+  assert norm(result.sum) == 0
+  np.testing.assert_array_equal(result.losses, [3, 3])
+
+
+@pytest.mark.parametrize('shape', [(2,) * 18, (2**18,), (3, 5, 7, 11, 13, 17)])
+def test_the_norm_of_a_large_parameter_counts_all_its_entries(strategy, shape):
+  result = privacy.clipped_sum(
+    lambda p, x: jnp.sum(p) * x, jnp.zeros(shape), jnp.full(1, 1.2345), clip_norm=1.0,
+    strategy=strategy,
+  )  # fmt: skip
+  assert 1 - 1e-5 <= norm(result.sum) <= 1 + 1e-5
 
 
 def test_plain_sum_is_untouched_by_what_a_masked_example_holds(rng):
