@@ -1,0 +1,119 @@
+"""The claim of norms.py, against float64: what rounding takes from a norm and adds to a sum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpcap.privacy import norms, outer_products
+from dpcap.privacy.tracing import trace_loss
+from dpcap.privacy.uses import find_uses
+
+TOKENS, INPUTS, OUTPUTS, ROWS = 6, 37, 41, 50
+
+
+def products(p, e):
+  return jnp.sum((e['x'] @ p) * e['g'])
+
+
+def lookups(p, e):
+  return jnp.sum(p[e['rows']] * e['h'])
+
+
+def both(p, e):
+  """A parameter (ROWS, OUTPUTS) whose rows are looked up and which is multiplied with."""
+  return products(p, e) + lookups(p, e)
+
+
+def make_batch(rng, kind, inputs, size=3):
+  """Tokens that cancel to a rest of 1e-7 or less but for kind 'random'."""
+  normal = lambda *shape: rng.normal(size=(size, *shape))
+  x, g, h = normal(TOKENS, inputs), normal(TOKENS, OUTPUTS), normal(TOKENS, OUTPUTS)
+  rows = rng.integers(ROWS, size=(size, TOKENS))
+  if kind != 'random':
+    if kind == 'flat':
+      x, g, h = (y[:, :1, :1] + 0 * y for y in (x, g, h))
+    sign = np.where(np.arange(TOKENS) % 2, -1.0, 1.0)[:, None]
+    x = np.repeat(x[:, ::2], 2, 1) * (1 + 1e-7 * (sign > 0))
+    g, h = (np.repeat(y[:, ::2], 2, 1) * sign for y in (g, h))
+    rows = np.repeat(rows[:, ::2], 2, 1)
+  cast = lambda y: np.float32(y * 10.0 ** rng.uniform(-3, 3))
+  return {'x': cast(x), 'g': cast(g), 'rows': rows.astype(np.int32), 'h': cast(h)}
+
+
+def exactly(loss_fn, batch, shape):
+  """Gradients (B, *shape) in float64."""
+  x, g, h = (np.float64(batch[name]) for name in 'xgh')
+  total = np.zeros((len(x), *shape))
+  if loss_fn is not lookups:
+    total += np.einsum('bti,bto->bio', x, g)
+  if loss_fn is not products:
+    for b, rows in enumerate(batch['rows']):
+      np.add.at(total[b], rows, h[b])
+  return total
+
+
+def group_of(loss_fn, shape, batch):
+  """The sites of the loss's parameter, and what each is fed and gets back."""
+  params = jax.ShapeDtypeStruct(shape, jnp.float32)
+  (group,) = find_uses(trace_loss(loss_fn, params, batch), params).groups
+  is_lookup = [site.eqn.primitive.name == 'gather' for site in group]
+  xs = [batch['rows'][..., None] if lookup else batch['x'] for lookup in is_lookup]
+  gs = [batch['h'] if lookup else batch['g'] for lookup in is_lookup]
+  return group, list(map(jnp.asarray, xs)), list(map(jnp.asarray, gs))
+
+
+# Everything at once; slices, loops over slices with and without a rest; rows block by block.
+SETTINGS = {
+  'at once': {},
+  'slices': {'_SLICE': 8, '_SLICES_AT_ONCE': 8},
+  'loops': {'_SLICE': 4, '_SLICES_AT_ONCE': 2},
+  'blocks': {'MAX_TEMPORARY_BYTES': 4 * 6 * TOKENS * 2},
+}
+
+
+@pytest.mark.parametrize('setting', SETTINGS)
+@pytest.mark.parametrize('loss_fn', [products, lookups, both])
+def test_norms_and_sums_are_off_by_no_more_than_is_said(rng, monkeypatch, loss_fn, setting):
+  for name, value in SETTINGS[setting].items():
+    monkeypatch.setattr(norms if hasattr(norms, name) else outer_products, name, value)
+  inputs = INPUTS if loss_fn is products else ROWS
+  shape, like = (inputs, OUTPUTS), jnp.zeros((inputs, OUTPUTS))
+  group, _, _ = group_of(loss_fn, shape, make_batch(rng, 'random', inputs))
+
+  @jax.jit
+  def run(xs, gs, weights):
+    total = sum(
+      outer_products.weighted_sum(site, x, g, weights, like) for site, x, g in zip(group, xs, gs)
+    )
+    return norms.squared_norm(group, xs, gs), total
+
+  for kind in ('random', 'cancelling', 'flat') * 5:
+    batch = make_batch(rng, kind, inputs)
+    _, xs, gs = group_of(loss_fn, shape, batch)
+    exact = exactly(loss_fn, batch, shape)
+    for b in range(len(exact)):
+      weight = np.float32(10.0 ** rng.uniform(-5, 5))
+      weights = np.where(np.arange(len(exact)) == b, weight, 0).astype(np.float32)
+      found, total = jax.device_get(run(xs, gs, weights))
+      squares = np.sum(exact[b] ** 2)
+      assert squares <= np.float64(found.value[b]) + found.error[b]
+      off = np.linalg.norm(np.float64(total) - np.float64(weight) * exact[b])
+      assert off <= np.float64(weight) * np.sqrt(np.float64(found.rounding[b]))
+      if kind == 'random':
+        assert found.error[b] <= 1e-4 * squares and found.rounding[b] <= 1e-9 * squares
+        np.testing.assert_allclose(found.value[b], squares, rtol=1e-5)
+
+
+@pytest.mark.parametrize('tokens, inputs, outputs', [(16, 192, 192), (40, 192, 576), (2, 768, 768)])
+def test_ordinary_examples_lose_little(rng, tokens, inputs, outputs):
+  x = rng.normal(size=(2, tokens, inputs)) + 1  # as activations: with something in common
+  g = rng.normal(size=(2, tokens, outputs))
+  batch = {'x': np.float32(x), 'g': np.float32(g)}
+  params = jax.ShapeDtypeStruct((inputs, outputs), jnp.float32)
+  (group,) = find_uses(trace_loss(products, params, batch), params).groups
+  found = jax.jit(lambda x, g: norms.squared_norm(group, [x], [g]))(batch['x'], batch['g'])
+  norm = np.sqrt(np.float64(found.value))
+  lost = np.float64(found.error) / found.value / 2 + np.sqrt(np.float64(found.rounding)) / norm
+  # ROUNDING_MARGIN takes up the first 8e-6 of it.
+  assert (lost <= 7e-5).all()
