@@ -4,8 +4,6 @@ The features come from a model whose training data its own statement covers. Wha
 the downstream training images is clipped and noised by `dpcap.privacy`, as in pre-training.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
 import optax
@@ -21,6 +19,7 @@ from dpcap.evals.progress import track
 from dpcap.evals.subject import Result, Subject
 
 _AT_ONCE = 1024  # examples of a physical batch
+_CLIPPING = 'bookkeeping'
 
 
 def evaluate(
@@ -85,9 +84,20 @@ def evaluate(
   keys = batches_lib.exchange(tuple(privacy.Keys.from_entropy()))[0]
   weights = fit(plan, privacy.Keys(*keys), pair.train, len(pair.classes), learning_rate)
   predicted = np.asarray(logistic.predict(weights, unit(pair.test.features)))
-  return top1(
-    predicted, pair.test.labels, pair.classes, features=features, privacy=_statement(plan)
+  statement = privacy.make_statement(
+    plan,
+    steps=plan.steps,
+    releases=plan.steps,
+    clipping_strategy=_CLIPPING,
+    clip_function=str(privacy.Clip()),
+    unit='labelled image',
+    keys_are_stored=False,
+    not_covered=[
+      "the images that the features were trained on, for which the model's own statement speaks",
+      'test images, and which classes the training images have',
+    ],
   )
+  return top1(predicted, pair.test.labels, pair.classes, features=features, privacy=statement)
 
 
 def fit(
@@ -124,7 +134,9 @@ def fit(
 
   @jax.jit
   def clipped_sum(weights, examples, mask):
-    return privacy.clipped_sum(loss_fn, weights, examples, mask, clip_norm=plan.clip_norm).sum
+    return privacy.clipped_sum(
+      loss_fn, weights, examples, mask, clip_norm=plan.clip_norm, strategy=_CLIPPING
+    ).sum
 
   optimizer = optax.sgd(optax.cosine_decay_schedule(learning_rate, plan.steps), momentum=0.9)
 
@@ -148,29 +160,3 @@ def fit(
       step, weights, state, noise_state, total.value(), noise_key
     )
   return weights
-
-
-def _statement(plan: privacy.PrivacyPlan) -> dict[str, Any]:
-  bounds = {
-    name: privacy.accounting.finite_or_none(plan.epsilon(plan.steps, name))
-    for name in privacy.ACCOUNTANTS
-  }
-  said = ', '.join(f'{v:.3f} by {name.upper()}' for name, v in bounds.items() if v is not None)
-  return {
-    'epsilon': bounds,
-    'delta': plan.delta,
-    'noise_multiplier': plan.noise_multiplier,
-    'clip_norm': plan.clip_norm,
-    'sampling_probability': plan.sampling_probability,
-    'expected_batch_size': plan.expected_batch_size,
-    'dataset_size': plan.dataset_size,
-    'steps': plan.steps,
-    'text': (
-      f'The probe is (epsilon, delta)-differentially private with epsilon = {said}, delta ='
-      f' {plan.delta:.3g}, for one of the {plan.dataset_size:,} labelled images that it was trained on'
-      f' (zero-out adjacency): {plan.steps:,} noisy gradients of Poisson-sampled batches, q ='
-      f' {plan.sampling_probability:.3g}, noise multiplier {plan.noise_multiplier:.4f}. Not covered:'
-      ' settings, if they were tuned on these images; the images that the features were trained on,'
-      " for which the model's own statement speaks."
-    ),
-  }

@@ -1,10 +1,11 @@
 """The privacy statement that goes with every checkpoint, for people and for programs."""
 
+from collections.abc import Sequence
+
 from dpcap.privacy import accounting, clipping
 from dpcap.privacy.plan import PrivacyPlan
 
-_UNIT = 'one image-text pair'
-_ADJACENCY = 'zero-out: one pair replaced by nothing, N and q fixed and public'
+_ADJACENCY = 'zero-out: one {} replaced by nothing, N and q fixed and public'
 
 _MECHANISMS = {
   'gaussian': 'independent Gaussian noise on the sum of clipped gradients, once per step',
@@ -22,6 +23,10 @@ _ENTROPY = (
   'noise key (64 bits, threefry) and sampling key (128 bits, Philox) drawn from the operating'
   " system's entropy, kept secret beside the run, in no checkpoint, log or config"
 )
+_FORGOTTEN = (
+  "noise key (64 bits, threefry) and sampling key (128 bits, Philox) drawn from the operating system's"
+  ' entropy, forgotten with the process, on no disk'
+)
 _SEED = 'keys derived from a fixed seed in the config: anybody can compute the noise'
 
 
@@ -32,10 +37,12 @@ def make_statement(
   releases: int,
   clipping_strategy: str,
   clip_function: str,
-  fixed_seed: bool,
-  tokenizer: str,
+  not_covered: Sequence[str],
+  unit: str = 'image-text pair',
+  fixed_seed: bool = False,
+  keys_are_stored: bool = True,
 ) -> dict:
-  """What a model after `steps` steps reveals, as a JSON-ready dict.
+  """What is revealed by parameters that `releases` noisy gradients led to, as a JSON-ready dict.
 
   Args:
     plan: the run's privacy parameters.
@@ -43,8 +50,10 @@ def make_statement(
     releases: distinct noisy gradients computed, at least `steps` (see KeyStore).
     clipping_strategy: how per-example clipping was computed.
     clip_function: what scaled an example's gradient.
+    not_covered: what the guarantee leaves out beside what it always does.
+    unit: what one example is.
     fixed_seed: whether the keys came from a seed, which voids the guarantee.
-    tokenizer: where the vocabulary comes from, named in what is not covered.
+    keys_are_stored: whether the keys are in a KeyStore; False: nowhere.
 
   Returns:
     A dict whose 'epsilon' maps each accountant to its bound (None: no finite bound, or
@@ -57,8 +66,8 @@ def make_statement(
   }
   statement = {
     'private': plan.private and not fixed_seed and bounds[plan.accountant] is not None,
-    'unit': _UNIT,
-    'adjacency': _ADJACENCY,
+    'unit': f'one {unit}',
+    'adjacency': _ADJACENCY.format(unit),
     'mechanism': _MECHANISMS[plan.mechanism],
     'sampler': _SAMPLERS[plan.sampler],
     'dataset_size': plan.dataset_size,
@@ -75,13 +84,11 @@ def make_statement(
     'delta': plan.delta,
     'accountant': plan.accountant,
     'epsilon': bounds,
-    'key_policy': _SEED if fixed_seed else _ENTROPY,
+    'key_policy': _SEED if fixed_seed else _ENTROPY if keys_are_stored else _FORGOTTEN,
     'not_covered': [
-      'diagnostics: files named *.private.* in the workdir, and what the screen showed',
+      *not_covered,
       'hyper-parameters, if they were tuned on the private data',
-      f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
       'the float32 resolution of sums and noise: rounding, and no noise past 5.4 deviations',
-      'evaluations that read the training data (marked uses_training_data in evals/)',
       'other runs on the same data: guarantees of several runs add up',
     ],
   }

@@ -391,6 +391,7 @@ class _Run:
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state, on the main process."""
+    tokenizer = f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip()
     return privacy.make_statement(
       self._plan,
       steps=self.done,
@@ -398,7 +399,11 @@ class _Run:
       clipping_strategy=self._clipping,
       clip_function=str(self._clip_function),
       fixed_seed=self._config.privacy.seed is not None,
-      tokenizer=f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip(),
+      not_covered=[
+        'diagnostics: files named *.private.* in the workdir, and what the screen showed',
+        f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
+        'evaluations that read the training data (marked uses_training_data in evals/)',
+      ],
     )
 
   def _report(self, diagnostics: dict[str, float]) -> None:
