@@ -13,6 +13,8 @@ scales and lone parameters, and exact for all, but holds one gradient per exampl
 parameter that is not only added, multiplied or the like it is a fallback and warned of.
 """
 
+import dataclasses
+import enum
 import functools
 import itertools
 import warnings
@@ -79,7 +81,17 @@ class Derived(NamedTuple):
   leaves: frozenset[int]
 
 
-CONSTANT, EXAMPLE = 'constant', 'example'  # a value of neither parameters nor examples; of examples
+class Plain(enum.Enum):
+  """A value that is no parameter's, nor derived from one alone."""
+
+  CONSTANT = 'of neither parameters nor examples'
+  EXAMPLE = 'of an example'
+
+
+CONSTANT, EXAMPLE = Plain
+
+# What a value in a trace is, from the least to the most that is known of it.
+Status = Plain | Derived | View
 
 
 class Site(NamedTuple):
@@ -150,46 +162,48 @@ def find_uses(jaxpr: core.ClosedJaxpr, params: PyTree, warn: bool = True) -> Use
   struct = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
   params = jax.tree.map(struct, params)
   named = jax.tree_util.tree_leaves_with_path(params)
-  reasons: dict[int, str | None] = {}  # why a parameter is direct; None: naturally
   # A parameter without entries has no gradient to factor.
-  reasons |= {i: None for i, (_, leaf) in enumerate(named) if not np.prod(leaf.shape)}
+  direct = {i for i, (_, leaf) in enumerate(named) if not np.prod(leaf.shape)}
+  fallbacks: dict[int, str] = {}
+  # A parameter that proves direct is like an example to all that it meets: look again.
   while True:
-    search = _Search([leaf.dtype for _, leaf in named], dict(reasons))
-    statuses = [EXAMPLE if i in reasons else View(i) for i in range(len(named))]
+    search = _Search([leaf.dtype for _, leaf in named], _Found(set(direct), dict(fallbacks)))
+    statuses = [EXAMPLE if i in direct else View(i) for i in range(len(named))]
     statuses += [EXAMPLE] * (len(jaxpr.jaxpr.invars) - len(named))
-    outputs = search.visit(jaxpr.jaxpr, statuses, (), ())
-    for status in outputs:
-      search.mark_direct(status, None)
+    for status in search.visit(jaxpr.jaxpr, statuses, (), ()):
+      search.mark_direct(status)
     groups = search.group_sites([leaf.shape for _, leaf in named])
-    if search.reasons.keys() == reasons.keys():
+    found = search.found
+    if found.direct == direct:
       break
-    for site in search.sites.values():
-      if search.reasons.get(site.view.leaf, '') is None:
-        search.reasons[site.view.leaf] = (
-          f'{site.eqn.primitive.name} and in another way that is not a product with examples'
+    for site in found.sites.values():
+      if site.view.leaf in found.direct:
+        found.fallbacks.setdefault(
+          site.view.leaf,
+          f'{site.eqn.primitive.name} and in another way that is not a product with examples',
         )
-    reasons = search.reasons
-  fallbacks = [
-    f'{jax.tree_util.keystr(path, simple=True, separator="/")} {leaf.shape}: used by {reasons[i]}'
+    direct, fallbacks = found.direct, found.fallbacks
+  said = [
+    f'{jax.tree_util.keystr(path, simple=True, separator="/")} {leaf.shape}: used by {fallbacks[i]}'
     for i, (path, leaf) in enumerate(named)
-    if reasons.get(i) is not None
+    if i in fallbacks
   ]
-  if fallbacks and warn:
+  if said and warn:
     warnings.warn(
       'clipped by vmap, which holds the gradient of each example (exact, but slow and large): '
-      + '; '.join(fallbacks),
+      + '; '.join(said),
       ClippingFallbackWarning,
       stacklevel=2,
     )
   return Uses(
     jaxpr=jaxpr,
     leaves=len(named),
-    direct=frozenset(reasons),
-    sites=search.sites,
+    direct=frozenset(direct),
+    sites=found.sites,
     groups=groups,
-    entered=frozenset(search.entered),
-    casts=frozenset(search.casts),
-    remat=search.remat,
+    entered=frozenset(found.entered),
+    casts=frozenset(found.casts),
+    remat=found.remat,
   )
 
 
@@ -206,21 +220,42 @@ _ELEMENTWISE = {
 _LARGEST_COMPARED = 2**24
 
 
+@dataclasses.dataclass
+class _Found:
+  """What a search knows by now; grows only.
+
+  Attributes:
+    direct: the parameters whose gradient is taken for each example.
+    fallbacks: those of them for which that is costly, and what uses them so.
+    sites, entered, casts, remat: as in Uses.
+  """
+
+  direct: set[int]
+  fallbacks: dict[int, str]
+  sites: dict[Path, Site] = dataclasses.field(default_factory=dict)
+  entered: set[Path] = dataclasses.field(default_factory=set)
+  casts: set[Path] = dataclasses.field(default_factory=set)
+  remat: bool = False
+
+  def copy(self) -> '_Found':
+    """A copy that grows by itself."""
+    grown = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return _Found(**{k: v if isinstance(v, bool) else v.copy() for k, v in grown.items()})
+
+
 class _Search:
-  """One pass over a jaxpr; `reasons` grows by the parameters found to be direct."""
+  """One pass over a jaxpr, which adds to `found`."""
 
-  def __init__(self, dtypes: list[np.dtype], reasons: dict[int, str | None]):
+  def __init__(self, dtypes: list[np.dtype], found: _Found):
     self.dtypes = dtypes
-    self.reasons = reasons
-    self.sites: dict[Path, Site] = {}
-    self.entered: set[Path] = set()
-    self.casts: set[Path] = set()
-    self.remat = False
+    self.found = found
 
-  def mark_direct(self, status, reason: str | None):
+  def mark_direct(self, status: Status, reason: str | None = None):
     """Every parameter in `status` is direct, as a fallback where a reason is given."""
     for leaf in _derived([status]).leaves:
-      self.reasons[leaf] = self.reasons.get(leaf) or reason
+      self.found.direct.add(leaf)
+      if reason:
+        self.found.fallbacks.setdefault(leaf, reason)
 
   def visit(self, jaxpr: core.Jaxpr, statuses: list, path: Path, loops: tuple[Loop, ...]) -> list:
     """Statuses of the outputs from those of the inputs."""
@@ -240,16 +275,16 @@ class _Search:
     if primitive is p.stop_gradient_p:
       return [s if s == EXAMPLE else CONSTANT for s in ins]
     if primitive in CALLS:
-      self.entered.add(path)
-      before = len(self.sites)
+      self.found.entered.add(path)
+      before = len(self.found.sites)
       outs = self.visit(open_jaxpr(eqn.params[CALLS[primitive]])[0], ins, path, loops)
-      self.remat |= primitive is p.remat_p and len(self.sites) > before
+      self.found.remat |= primitive is p.remat_p and len(self.found.sites) > before
       return outs
     if EXAMPLE not in ins:
       return self._of_parameters_alone(eqn, ins, path)
     site = _site(eqn, ins, path)
     if site is not None:
-      self.sites[path] = site
+      self.found.sites[path] = site
     else:
       for status in ins:
         self.mark_direct(status, None if primitive in _ELEMENTWISE else primitive.name)
@@ -267,14 +302,14 @@ class _Search:
       if primitive.name == 'split':
         return [view.then(p.slice_p, **part) for part in _parts(before.shape, **eqn.params)]
     for status in ins:
-      self.mark_direct(status, None)
+      self.mark_direct(status)
     return [_derived(ins)] * len(eqn.outvars)
 
   def _cast(self, view: View, before: np.dtype, after: np.dtype, path: Path) -> list:
     """Casts are left out where the last one alone, at the site, gives the same."""
     nothing_lost = jnp.promote_types(before, self.dtypes[view.leaf]) == before
     if after in FLOATS and nothing_lost:
-      self.casts.add(path)
+      self.found.casts.add(path)
       return [view]
     has_gradient = jnp.issubdtype(after, jnp.floating)
     self.mark_direct(view, f'a cast from {before} to {after}' if has_gradient else None)
@@ -291,24 +326,24 @@ class _Search:
         sliced = i >= consts
         chain = (*status.chain, SLICED_BY_SCAN) if sliced else status.chain
         return View(status.leaf, chain, (*status.loops, Loop(sliced, length)))
-      self.mark_direct(status, None)
+      self.mark_direct(status)
       return Derived(frozenset([status.leaf])) if isinstance(status, View) else status
 
     ins = [inside(i, s) for i, s in enumerate(ins)]
     if any(isinstance(s, View) for s in ins):
-      self.entered.add(path)
+      self.found.entered.add(path)
     # What the carry depends on is a fixed point; only the last visit counts.
     while True:
-      before = dict(self.reasons), dict(self.sites), self.remat
+      before = self.found.copy()
       outs = self.visit(body, ins, path, loops)
       carry = ins[consts : consts + carries]
       grown = [old if old == new else EXAMPLE for old, new in zip(carry, outs)]
       if grown == carry:
         break
       ins[consts : consts + carries] = grown
-      self.reasons, self.sites, self.remat = before
+      self.found = before
     for status in outs:
-      self.mark_direct(status, None)
+      self.mark_direct(status)
     return [EXAMPLE if s == EXAMPLE else CONSTANT if s == CONSTANT else _derived([s]) for s in outs]
 
   def group_sites(self, shapes: list[tuple[int, ...]]) -> tuple[tuple[Site, ...], ...]:
@@ -318,7 +353,7 @@ class _Search:
     """
     groups = []
     by_leaf = {}
-    for site in self.sites.values():
+    for site in self.found.sites.values():
       by_leaf.setdefault(site.view.leaf, []).append(site)
     for leaf, sites in by_leaf.items():
       of_leaf = {}
