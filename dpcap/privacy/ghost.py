@@ -68,6 +68,10 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
   kept_groups = [group for group in uses.groups if not is_alone(group)]
   kept = {site.path: site for group in kept_groups for site in group}
   by_passes = {site.view.leaf for at, site in uses.sites.items() if at in alone}
+  # Autodiff adds up the sites' squares in an order of its own: those of a body and, one by one,
+  # those of a scan's iterations.
+  scanned = [sum(loop.length for loop in uses.sites[at].view.loops) for at in alone]
+  added = gamma(len(alone) + max(scanned, default=0), jnp.float32)
   dtype = functools.reduce(jnp.promote_types, map(jnp.result_type, leaves), jnp.float32)
 
   def attempt(batch, mask) -> ClippedSum:
@@ -113,9 +117,11 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
 
       def take_norms():
         exact = [*direct_grads.values(), *(g for _, g in sites.formed)]
-        # Autodiff adds up the sites' squares in an order of its own.
-        added = gamma(len(alone), dtype) * of_alone.value
-        in_passes = of_alone._replace(error=of_alone.error + added)
+        in_passes = SquaredNorm(
+          of_alone.value,
+          of_alone.error + added * (jnp.abs(of_alone.value) + of_alone.error),
+          of_alone.rounding * (1 + added),
+        )
         norms_B, bounds = factor_norms(size, exact, [*sites.squared_norms(), in_passes])
         factors = jnp.where(mask, factor_of(bounds), 0.0)
         return state._replace(norms=norms_B, factors=factors)
