@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpcap import privacy
-from dpcap.privacy import norms
+from dpcap.privacy import norms, outer_products
 from dpcap.privacy.outer_products import Products, Rows
 from tests.privacy.programs import CLIP_NORM, MARGIN, norm
 
@@ -50,3 +50,20 @@ def test_a_scan_of_many_layers_adds_up_as_many_squares():
       loss_fn, jnp.ones((layers, 1, 1)), x, clip_norm=CLIP_NORM / 100, strategy=strategy
     )
     assert norm(result.sum) <= CLIP_NORM / 100 * MARGIN
+
+
+def test_what_is_formed_is_formed_once_for_norm_and_sum(rng, monkeypatch):
+  formed, times = outer_products.formed, []
+
+  def formed_differently_each_time(*args):
+    times.append(None)
+    return formed(*args) * (1 + 0.1 * len(times))
+
+  monkeypatch.setattr(outer_products, 'formed', formed_differently_each_time)
+  x = np.float32(rng.normal(size=(1, 8, 3)))
+  for strategy in privacy.CLIPPING_STRATEGIES:
+    result = privacy.clipped_sum(
+      lambda p, x: jnp.sum((x @ p) ** 2), jnp.ones((3, 2)), x, clip_norm=CLIP_NORM,
+      strategy=strategy,
+    )  # fmt: skip
+    assert norm(result.sum) == pytest.approx(CLIP_NORM, rel=1e-4)
