@@ -68,6 +68,10 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
   kept_groups = [group for group in uses.groups if not is_alone(group)]
   kept = {site.path: site for group in kept_groups for site in group}
   by_passes = {site.view.leaf for at, site in uses.sites.items() if at in alone}
+  # Autodiff adds up the sites' squares in an order of its own: those of a body and, one by one,
+  # those of a scan's iterations.
+  scanned = [sum(loop.length for loop in uses.sites[at].view.loops) for at in alone]
+  added = gamma(len(alone) + max(scanned, default=0), jnp.float32)
   dtype = functools.reduce(jnp.promote_types, map(jnp.result_type, leaves), jnp.float32)
 
   def attempt(batch, mask) -> ClippedSum:
@@ -113,9 +117,11 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
 
       def take_norms():
         exact = [*direct_grads.values(), *(g for _, g in sites.formed)]
-        # Autodiff adds up the sites' squares in an order of its own.
-        added = gamma(len(alone), dtype) * of_alone.value
-        in_passes = of_alone._replace(error=of_alone.error + added)
+        in_passes = SquaredNorm(
+          of_alone.value,
+          of_alone.error + added * (jnp.abs(of_alone.value) + of_alone.error),
+          of_alone.rounding * (1 + added),
+        )
         norms_B, bounds = factor_norms(size, exact, [*sites.squared_norms(), in_passes])
         factors = jnp.where(mask, factor_of(bounds), 0.0)
         return state._replace(norms=norms_B, factors=factors)
@@ -170,12 +176,15 @@ def _observed(site: Site) -> Callable:
     else:
       dx_B = np.zeros(x_B.shape, jax.dtypes.float0)
     x_B, g_B = outer_products.settled(x_B), outer_products.settled(g_B)
+    # Outside of the branches: norm and sum are of the same numbers.
+    is_formed = outer_products.is_formed([site], [x_B], [g_B])
+    formed_B = outer_products.formed([site], [x_B], [g_B]) if is_formed else None
     cast = lambda new, old: new.astype(old.dtype)
     dw, squared = jax.lax.cond(
       weights_B[0] < 0,
-      lambda: (jnp.zeros_like(w), jax.tree.map(cast, _squared_norm(site, x_B, g_B), squared_norm)),
+      lambda: (jnp.zeros_like(w), jax.tree.map(cast, _squared_norm(site, x_B, g_B, formed_B), squared_norm)),
       lambda: (
-        _weighted_view(site, x_B, g_B, weights_B, w).astype(w.dtype),
+        _weighted_view(site, x_B, g_B, formed_B, weights_B, w).astype(w.dtype),
         jax.tree.map(jnp.zeros_like, squared_norm),
       ),
     )
@@ -197,17 +206,15 @@ def _observed(site: Site) -> Callable:
   return on_one
 
 
-def _squared_norm(site: Site, x_B: jax.Array, g_B: jax.Array) -> SquaredNorm:
-  if not outer_products.is_formed([site], [x_B], [g_B]):
+def _squared_norm(site: Site, x_B, g_B, formed_B: jax.Array | None) -> SquaredNorm:
+  if formed_B is None:
     return norms.squared_norm([site], [x_B], [g_B])
-  formed_B = outer_products.formed([site], [x_B], [g_B])
   squares = sum_of_squares(formed_B)
   error = gamma(1 + tree_depth(formed_B[0].size), squares.dtype) * squares
   return SquaredNorm(squares, error, 0 * squares)
 
 
-def _weighted_view(site: Site, x_B, g_B, weights_B, w) -> jax.Array:
-  if not outer_products.is_formed([site], [x_B], [g_B]):
+def _weighted_view(site: Site, x_B, g_B, formed_B: jax.Array | None, weights_B, w) -> jax.Array:
+  if formed_B is None:
     return outer_products.weighted_view(site, x_B, g_B, weights_B)
-  formed_B = outer_products.formed([site], [x_B], [g_B])
   return outer_products.to_parameter(site, weighted(weights_B, formed_B), w)

@@ -15,15 +15,19 @@ Claim. In the arithmetic of `rounding.py`, for every a and g, with S exact:
   |S|^2 <= value + error,                                                            (2)
   |computed sum_t w a_t g_t^T - w S| <= w sqrt(rounding)   for any weight w > 0.      (3)
 
-Lemma. A sum of numbers x_i that meet at most n additions each, in any order, is off by at most
-gamma(n) (sum |x_i| + |sum x_i|) / 2: each addition rounds a partial sum, and a partial sum is at most the sum
-of all that is positive or of all that is negative, whichever is more, which is that half.
+Lemma. A sum of n numbers x_i, added in any order, is off by at most gamma(n) (sum |x_i| + |sum x_i|) / 2:
+each of n - 1 additions rounds a partial sum, and a partial sum is at most the sum of all that is positive
+or of all that is negative, whichever is more, which is that half. It counts all additions. In a tree
+those that one number meets are fewer, but the partial sums of a level may add up to sum |x_i|, twice
+that half: where n counts what a number meets, the error is gamma(n) sum |x_i|.
 
 Proof of (2). Write D^a_ts for a bound on sum_k |a_tk a_sk|: |a_t| |a_s| by Cauchy and Schwarz or,
 sharper where entries are uneven, the sum over slices of the axis of the products of the slices' lengths.
-A Gram matrix is computed slice by slice, in products of few terms, and slices are added in a known
-order, so that an entry's terms meet n additions: it is off by at most
-E^a_ts = gamma(n) (D^a_ts + |A_ts|) / 2 + gamma(1) D^a_ts + K TINY, and likewise for B (exactly nothing for
+A Gram matrix is computed slice by slice, A_ts = sum_i A^i_ts, in products of few terms. By the lemma
+slices of n terms are together off by gamma(n) (D^a_ts + sum_i |A^i_ts|) / 2, and slices are added in a known
+order, in which each meets m additions: an entry is off by at most
+E^a_ts = gamma(n) (D^a_ts + sum_i |A^i_ts|) / 2 + gamma(m) sum_i |A^i_ts| + gamma(1) D^a_ts + K TINY, and
+likewise for B (exactly nothing for
 lookups, where A_ts is 0 or 1). Then, entry by entry,
 
   |A B - fl(A) fl(B)| <= E^a (|fl(B)| + E^b) + |fl(A)| E^b,
@@ -34,7 +38,8 @@ below 1e-3, which a factor of 1 + 1e-3 makes up for (the terms of second order t
 
 Proof of (3). Entry (k, o) is the sum of w a_tk g_to. Weighing a_tk and multiplying round each term:
 gamma(2) |a_tk g_to|. Adding up, in any order, with other examples at weight 0, is the lemma with T additions:
-gamma(T) (sum_t |a_tk g_to| + |S_ko|) / 2. The norm of the first over all entries follows from
+gamma(T) (sum_t |a_tk g_to| + |S_ko|) / 2. (Where tokens of an entry differ in T, as lookups and products
+of one parameter do, it is gamma(T) sum_t |a_tk g_to|.) The norm of the first over all entries follows from
 
   sum_ko (sum_t |a_tk g_to|)^2 = sum_ts (sum_k |a_tk a_sk|) (sum_o |g_to g_so|) <= sum_ts D^a_ts D^b_ts,
 
@@ -119,12 +124,14 @@ class _Gram(NamedTuple):
     error: at least what it is off by.
     size: at least the sum of absolute values of each entry's terms.
     lengths: (R,) and (T,) whose products `size` is; None: it is sharper.
+    parts: the sum of absolute values of each entry's slices; None: not needed any more.
   """
 
   value: jax.Array
   error: jax.Array
   size: jax.Array
   lengths: tuple[jax.Array, jax.Array] | None = None
+  parts: jax.Array | None = None
 
 
 class _Tokens(NamedTuple):
@@ -175,7 +182,8 @@ def _of_unit(parts: Sequence[Products | Rows]) -> SquaredNorm:
     beside(a, jnp.zeros((row.size, a.shape[1]))),
     jnp.concatenate([jnp.full(a.shape[0], _NO_ROW, row.dtype), row]),
     beside(h, g),
-    beside(jnp.full(a.shape[0], adding(a.shape[0])), each),
+    # Twice: `_of_tokens` takes half of it, which holds where all tokens meet as many additions.
+    2 * beside(jnp.full(a.shape[0], adding(a.shape[0])), each),
   )
   return _of_tokens(tokens, weighing)
 
@@ -257,14 +265,14 @@ def _gram(x: jax.Array | None, y: jax.Array) -> _Gram:
 
   if not loops:
     slices = of_slices(x, y)
-    value = sum_in_pairs(slices)
+    value, parts = sum_in_pairs(slices), _absolute(slices)
     lengths = (own_lengths(value, n),) * 2 if own else (_lengths(x), _lengths(y))
     size = lengths[0][:, None] * lengths[1]
-    terms = -(-n // len(slices)) + math.ceil(math.log2(len(slices)))
-    return _Gram(value, _error(value, size, n, terms, y.dtype), size, lengths)
+    error = _error(parts, size, n, -(-n // len(slices)), len(slices).bit_length(), y.dtype)
+    return _Gram(value, error, size, lengths, parts)
 
   def add(i, sums):
-    value, size = sums
+    value, size, parts = sums
     cut = lambda z: jax.lax.dynamic_slice_in_dim(z, i * stride, stride, 1)
     slices = of_slices(cut(x), cut(y))
     if own:
@@ -273,20 +281,31 @@ def _gram(x: jax.Array | None, y: jax.Array) -> _Gram:
       by_slice = lambda z: _lengths(cut(z).reshape(len(z), _SLICES_AT_ONCE, _SLICE)).T
       lengths = by_slice(x), by_slice(y)
     sizes = dot(*lengths, (((0,), (0,)), ((), ())))
-    return value + sum_in_pairs(slices), size + sizes
+    return value + sum_in_pairs(slices), size + sizes, parts + _absolute(slices)
 
   # What is left over is less than one round of the loop.
   rest = lambda z: z[:, loops * stride :]
   first = _gram(None if own else rest(x), rest(y))
-  value, size = jax.lax.fori_loop(0, loops, add, (first.value, first.size))
+  start = first.value, first.size, first.parts
+  value, size, parts = jax.lax.fori_loop(0, loops, add, start)
   size *= _SLACK
-  terms = _SLICE + math.ceil(math.log2(_SLICES_AT_ONCE)) + loops + 1
-  return _Gram(value, _error(value, size, n, terms, y.dtype), size)
+  added = _SLICES_AT_ONCE.bit_length() + loops
+  return _Gram(value, _error(parts, size, n, _SLICE, added, y.dtype), size)
 
 
-def _error(value: jax.Array, size: jax.Array, n: int, terms: int, dtype) -> jax.Array:
-  """What entries of a Gram matrix are off by: n products, each added up `terms` times."""
-  return gamma(terms, dtype) / 2 * (size + jnp.abs(value)) + gamma(1, dtype) * size + n * TINY
+def _absolute(slices: list[jax.Array]) -> jax.Array:
+  return sum_in_pairs([jnp.abs(part) for part in slices])
+
+
+def _error(
+  parts: jax.Array, size: jax.Array, n: int, terms: int, added: int, dtype
+) -> jax.Array:
+  """What entries of a Gram matrix are off by: n products in slices of so many terms.
+
+  Absolute values of slices add up to `parts`; each meets so many additions more.
+  """
+  within = gamma(terms, dtype) / 2 * (size + parts) + gamma(1, dtype) * size
+  return within + gamma(added, parts.dtype) * parts + n * TINY
 
 
 def _lengths(y: jax.Array) -> jax.Array:
@@ -302,8 +321,8 @@ def _length(squares: jax.Array, n: int, error: float) -> jax.Array:
 
 
 def _row_bytes(tokens: int) -> int:
-  """What a row of all that `_of_tokens` holds takes: two values, sizes, three terms."""
-  return 4 * 6 * tokens
+  """What a row of all that `_of_tokens` holds takes: two values, their parts, sizes, three terms."""
+  return 4 * 8 * tokens
 
 
 def _temporary_bytes(parts: Sequence[Products | Rows]) -> int:

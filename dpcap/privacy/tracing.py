@@ -2,7 +2,8 @@
 
 Clipping bounds what one example does to the sum only if the gradient of an example is a
 function of that example alone. A loss is written for one example and mapped over the batch, which
-leaves three ways around it, all of them visible in its trace:
+leaves three ways around it, all of them visible in its trace or, where a rule of its own hides them
+(`custom_vjp`, `custom_jvp`), in that of its gradient:
 
 - an axis that the caller named, as flax's BatchNorm with axis_name does: a collective over it
   brings in the examples of other devices;
@@ -50,7 +51,14 @@ def trace_loss(
   struct = lambda first: (
     lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[first:], jnp.result_type(x))
   )
-  jaxpr = jax.make_jaxpr(loss_fn)(jax.tree.map(struct(0), params), jax.tree.map(struct(1), batch))
+  shapes = jax.tree.map(struct(0), params), jax.tree.map(struct(1), batch)
+  jaxpr = jax.make_jaxpr(loss_fn)(*shapes)
+  _refuse_mixing(jaxpr)
+  _refuse_mixing(jax.make_jaxpr(jax.grad(loss_fn))(*shapes))
+  return jaxpr
+
+
+def _refuse_mixing(jaxpr: core.ClosedJaxpr) -> None:
   for eqn, own_axes in _equations(jaxpr.jaxpr):
     reason = _way_around(eqn, own_axes)
     if reason:
@@ -58,7 +66,6 @@ def trace_loss(
         f'the loss of one example has {reason}, which can see other examples; clipping bounds'
         ' nothing then. Let the loss be a function of its example alone'
       )
-  return jaxpr
 
 
 def _way_around(eqn: core.JaxprEqn, own_axes: frozenset[str]) -> str | None:

@@ -94,6 +94,34 @@ def test_batching_rules_of_ones_own_are_refused_by_name(strategy):
     )  # fmt: skip
 
 
+def hidden_in(kind):
+  """The identity, with a batching rule of its own where only the gradient shows it."""
+  mean = jax.custom_batching.custom_vmap(lambda x: x)
+  mean.def_vmap(mixing)
+  if kind == 'custom_jvp':
+    function = jax.custom_jvp(lambda x: x)
+    function.defjvp(lambda xs, dxs: (mean(xs[0]), dxs[0]))
+  else:
+    function = jax.custom_vjp(lambda x: x)
+    forward = mean if kind == 'forward of custom_vjp' else lambda x: x
+    backward = mean if kind == 'backward of custom_vjp' else lambda x: x
+    function.defvjp(lambda x: (forward(x), None), lambda _, g: (backward(g),))
+  return function
+
+
+@every_strategy
+@pytest.mark.parametrize(
+  'kind', ['custom_jvp', 'forward of custom_vjp', 'backward of custom_vjp']
+)
+def test_rules_of_differentiation_hide_nothing(strategy, kind):
+  function = hidden_in(kind)
+  with pytest.raises(privacy.MixedExamplesError, match='rule of its own, mixing'):
+    privacy.clipped_sum(
+      lambda p, x: jnp.sum(function(p * x)), jnp.ones(3), jnp.ones((2, 3)), clip_norm=1.0,
+      strategy=strategy,
+    )  # fmt: skip
+
+
 @every_strategy
 @pytest.mark.parametrize('method', ['expand_dims', 'broadcast_all', 'sequential'])
 def test_calls_out_of_jax_see_one_example_at_a_time(strategy, method):
