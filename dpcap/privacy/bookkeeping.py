@@ -49,8 +49,8 @@ def bookkeeping(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
     direct_grads = jax.tree.map(jax.lax.optimization_barrier, direct_grads)
     sites = keep_sites(uses.groups, xs, gs)
     exact = [*direct_grads.values(), *(g for _, g in sites.formed)]
-    norms, bounds = factor_norms(size, exact, sites.squared_norms())
-    factors = jnp.where(mask, factor_of(bounds), 0.0)
+    norms, *bounds = factor_norms(size, exact, sites.squared_norms())
+    factors = jnp.where(mask, factor_of(*bounds), 0.0)
 
     # The sum.
     sums = {i: weighted(factors, grads) for i, grads in direct_grads.items()}

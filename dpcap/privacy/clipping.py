@@ -89,7 +89,7 @@ class Strategy(Protocol):
     params: PyTree,
     batch: PyTree,
     mask: jax.Array,
-    factor_of: Callable[[jax.Array], jax.Array],
+    factor_of: Callable[[jax.Array, jax.Array], jax.Array],
   ) -> ClippedSum:
     """The clipped sum over `batch`.
 
@@ -99,7 +99,8 @@ class Strategy(Protocol):
       params: the trained parameters.
       batch: one example or more.
       mask: (B,) bool.
-      factor_of: from norms (B,) to factors (B,).
+      factor_of: from norms (B,), and what is added to the weighted gradients whatever the
+        weight (B,), to factors (B,).
     """
 
 
@@ -156,7 +157,12 @@ def clipped_sum(
     return ClippedSum(zeros, *(jnp.zeros(0) for _ in range(3)))
   if strategy == 'auto':
     strategy = _choice(find_uses(jaxpr, params, warn=False))
-  factor_of = lambda norms: jnp.minimum(clip_function(norms, clip_norm), LARGEST_FACTOR)
+
+  def factor_of(norms, flushed):
+    # A weighted gradient of norm C / (1 + f) has room for f C, but for f^2 C.
+    factors = clip_function(norms * (1 + flushed / clip_norm), clip_norm)
+    return jnp.minimum(factors, LARGEST_FACTOR)
+
   return CLIPPING_STRATEGIES[strategy](loss_fn, jaxpr, params, batch, mask, factor_of)
 
 
@@ -175,8 +181,8 @@ def _vmap(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
   losses, grads = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))(params, batch)
   # Computed once: norm and sum are of the same numbers.
   grads = jax.tree.map(lambda g: jax.lax.optimization_barrier(at_least_float32(g)), grads)
-  norms, bounds = factor_norms(mask.size, jax.tree.leaves(grads), [])
-  factors = jnp.where(mask & jnp.isfinite(norms), factor_of(bounds), 0.0)
+  norms, *bounds = factor_norms(mask.size, jax.tree.leaves(grads), [])
+  factors = jnp.where(mask & jnp.isfinite(norms), factor_of(*bounds), 0.0)
 
   def weighted_sum(g):
     # 0 x NaN is NaN: a zero factor does not silence an unusable gradient, `where` does.

@@ -121,9 +121,10 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
           of_alone.value,
           of_alone.error + added * (jnp.abs(of_alone.value) + of_alone.error),
           of_alone.rounding * (1 + added),
+          of_alone.flushed * (1 + added),
         )
-        norms_B, bounds = factor_norms(size, exact, [*sites.squared_norms(), in_passes])
-        factors = jnp.where(mask, factor_of(bounds), 0.0)
+        norms_B, *bounds = factor_norms(size, exact, [*sites.squared_norms(), in_passes])
+        factors = jnp.where(mask, factor_of(*bounds), 0.0)
         return state._replace(norms=norms_B, factors=factors)
 
       def take_sums():
@@ -137,8 +138,9 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
       return after._replace(done=state.done + 1)
 
     nothing = unflattened(treedef, leaves, {})
-    zeros = factor_norms(size, [], [])[0]
-    state = _Passes(jnp.zeros((), jnp.int32), zeros, jnp.where(mask, factor_of(zeros), 0.0), nothing)
+    zeros, *bounds = factor_norms(size, [], [])
+    factors = jnp.where(mask, factor_of(*bounds), 0.0)
+    state = _Passes(jnp.zeros((), jnp.int32), zeros, factors, nothing)
     # How often it runs is known at run time only: nothing is gained by unrolling it.
     passes = jnp.where(jnp.any(mask), 2, 1)
     state = jax.lax.while_loop(lambda state: state.done < passes, one_pass, state)
@@ -211,7 +213,7 @@ def _squared_norm(site: Site, x_B, g_B, formed_B: jax.Array | None) -> SquaredNo
     return norms.squared_norm([site], [x_B], [g_B])
   squares = sum_of_squares(formed_B)
   error = gamma(1 + tree_depth(formed_B[0].size), squares.dtype) * squares
-  return SquaredNorm(squares, error, 0 * squares)
+  return SquaredNorm(squares, error, 0 * squares, 0 * squares)
 
 
 def _weighted_view(site: Site, x_B, g_B, formed_B: jax.Array | None, weights_B, w) -> jax.Array:

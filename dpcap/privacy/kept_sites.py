@@ -1,5 +1,6 @@
 """Norms and sums of sites whose inputs and output gradients are all at hand."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from dpcap.privacy import norms, outer_products
 from dpcap.privacy.contributions import weighted
 from dpcap.privacy.norms import SquaredNorm
-from dpcap.privacy.rounding import TINY, sum_in_pairs, sum_of_squares
+from dpcap.privacy.rounding import TINY, gamma, sum_in_pairs, sum_of_squares, tree_depth
 from dpcap.privacy.uses import Path, Site
 
 # How much of what rounding may add `factor_norms` leaves uncounted. The rest of ROUNDING_MARGIN
@@ -76,11 +77,11 @@ def keep_sites(
 
 def factor_norms(
   size: int, exact: Sequence[jax.Array], factored: Sequence[SquaredNorm]
-) -> tuple[jax.Array, jax.Array]:
-  """(B,) norms of whole gradients, and the norms that factors are computed from.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(B,) norms of whole gradients, the norms that factors are computed from, and what is flushed.
 
-  A gradient scaled by factor(second norm) contributes at most C (1 + ROUNDING_MARGIN): the
-  second is at least what is really summed, but for _UNCOUNTED of it.
+  The second is at least the norm of what is really summed, over its weight, but for _UNCOUNTED of
+  it and for the third: that much more a weighted gradient may hold, whatever its weight.
 
   Args:
     size: B.
@@ -89,16 +90,21 @@ def factor_norms(
   """
   squares = sum_in_pairs([jnp.zeros(size), *map(sum_of_squares, exact)])
   # Squares below the smallest number may be lost.
-  lost = TINY * sum(g.size // size for g in exact)
+  entries = sum(g.size // size for g in exact)
+  lost = TINY * entries
   if not factored:
-    return jnp.sqrt(squares), jnp.sqrt(squares + lost)
-  value, error, rounding = (sum_in_pairs(list(terms)) for terms in zip(*factored, strict=True))
+    off = jnp.full(size, TINY * math.sqrt(entries), squares.dtype)
+    return jnp.sqrt(squares), jnp.sqrt(squares + lost), off
+  value, error, rounding, off = (sum_in_pairs(list(terms)) for terms in zip(*factored, strict=True))
+  # Each square meets the additions of its tree, then those of parameters.
+  added = tree_depth(max((g.size // size for g in exact), default=1)) + len(exact).bit_length() + 2
+  error = error + gamma(1 + added, squares.dtype) * squares
   # A Gram sum may fall below zero by rounding.
   lengths = jnp.sqrt(jnp.maximum(value, 0) + squares)
   most = jnp.sqrt(jnp.maximum(value + error, 0) + squares + lost) + jnp.sqrt(rounding)
   most = jnp.maximum(lengths, most * (1 - _UNCOUNTED))
   # Neither is finite where the other is not.
-  return jnp.where(jnp.isfinite(most), lengths, most), most
+  return jnp.where(jnp.isfinite(most), lengths, most), most, off + TINY * math.sqrt(entries)
 
 
 def _of_group(group, xs, gs) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -13,7 +13,7 @@ small is a factor that is too large, and a broken guarantee. So each norm comes 
 Claim. In the arithmetic of `rounding.py`, for every a and g, with S exact:
 
   |S|^2 <= value + error,                                                            (2)
-  |computed sum_t w a_t g_t^T - w S| <= w sqrt(rounding)   for any weight w > 0.      (3)
+  |computed sum_t w a_t g_t^T - w S| <= w sqrt(rounding) + flushed   for any weight w > 0.   (3)
 
 Lemma. A sum of n numbers x_i, added in any order, is off by at most gamma(n) (sum |x_i| + |sum x_i|) / 2:
 each of n - 1 additions rounds a partial sum, and a partial sum is at most the sum of all that is positive
@@ -43,7 +43,8 @@ of one parameter do, it is gamma(T) sum_t |a_tk g_to|.) The norm of the first ov
 
   sum_ko (sum_t |a_tk g_to|)^2 = sum_ts (sum_k |a_tk a_sk|) (sum_o |g_to g_so|) <= sum_ts D^a_ts D^b_ts,
 
-that of the second is |S|, bounded by (2). For lookups, T counts the tokens of the same row. What is
+that of the second is |S|, bounded by (2). A weighed entry below TINY may become 0: TINY |g_to| is lost for each
+a_tk, TINY |a_tk| for each g_to where that is weighed, so `flushed` is TINY sum_t (sqrt(K) |g_t| + sqrt(O) |a_t|). For lookups, T counts the tokens of the same row. What is
 weighed in a narrow type rounds to it besides.
 
 What it costs. Both bounds look at what is there, not at the worst that could be: for ordinary
@@ -94,11 +95,13 @@ class SquaredNorm(NamedTuple):
     value: as computed.
     error: what rounding may have taken from it.
     rounding: square of what rounding may add to the norm of a weighted sum, at weight 1.
+    flushed: what a weighted sum may be off by besides, at any weight.
   """
 
   value: jax.Array
   error: jax.Array
   rounding: jax.Array
+  flushed: jax.Array
 
 
 def squared_norm(
@@ -197,6 +200,19 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
     1 + tree_depth(at_once * count) + tree_depth(blocks), at_least_float32(tokens.g).dtype
   )
 
+  def flushed(some: _Tokens, gram_a: _Gram, gram_g: _Gram) -> jax.Array:
+    def lengths(gram: _Gram, y: jax.Array | None) -> jax.Array:
+      if gram.lengths:
+        return gram.lengths[0]
+      if blocks == 1:
+        return jnp.sqrt(gram.size.ravel()[:: count + 1])
+      return jnp.ones(len(some.g)) if y is None else _lengths(y) + 1
+
+    inputs = 1 if tokens.a is None else tokens.a.shape[1]
+    of_g, of_a = lengths(gram_g, some.g), lengths(gram_a, some.a)
+    beside = math.sqrt(inputs) * of_g + math.sqrt(tokens.g.shape[1]) * of_a
+    return TINY * tree_sum(beside.astype(tokens.adding.dtype))
+
   def of_rows(some: _Tokens | None) -> jax.Array:
     gram_a, gram_g = _gram_of_inputs(some, tokens), _gram(some and some.g, tokens.g)
     some = some or tokens
@@ -213,7 +229,7 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
       rounding = math.prod(tree_sum(share(t) * a * g) for t, a, g in both)
     else:
       rounding = rough_sum(share(some)[:, None] * share(tokens) * gram_a.size * gram_g.size)
-    return jnp.stack([tree_sum(products), rough_sum(error), rounding])
+    return jnp.stack([tree_sum(products), rough_sum(error), rounding, flushed(some, gram_a, gram_g)])
 
   if blocks == 1:
     sums = of_rows(None)
@@ -223,10 +239,10 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
     )
     # What fills up the last block has no gradient.
     sums = jax.vmap(tree_sum, 1)(jax.lax.map(of_rows, jax.tree.map(cut, tokens)))
-  value, error, rounding = sums
+  value, error, rounding, off = sums
   error *= _SLACK
   of_sums = jnp.max(tokens.adding) / 2 * jnp.sqrt(jnp.maximum(value + error, 0))
-  return SquaredNorm(value, error, _SLACK * jnp.square(jnp.sqrt(rounding) + of_sums))
+  return SquaredNorm(value, error, _SLACK * jnp.square(jnp.sqrt(rounding) + of_sums), _SLACK * off)
 
 
 def _gram_of_inputs(some: _Tokens | None, tokens: _Tokens) -> _Gram:

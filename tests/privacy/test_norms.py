@@ -181,3 +181,21 @@ def test_what_is_formed_is_formed_once_for_norm_and_sum(rng, monkeypatch):
       strategy=strategy,
     )  # fmt: skip
     assert norm(result.sum) == pytest.approx(CLIP_NORM, rel=1e-4)
+
+
+@pytest.mark.parametrize('strategy', ['bookkeeping', 'ghost'])
+@pytest.mark.parametrize('size', [1.5e17, 1.5e16])
+def test_weights_that_make_small_entries_vanish_are_counted(strategy, size):
+  tokens, inputs, outputs, a = 400, 1000, 1100, -1.05e-8
+  x, g = np.zeros((1, tokens + 2, inputs)), np.zeros((1, tokens + 2, outputs))
+  # Entries that vanish once they are weighed, one token that cancels them, and a large one.
+  x[0, :tokens], g[0, :tokens] = a, size / np.sqrt(outputs)
+  x[0, tokens], g[0, tokens] = 1.0, -tokens * a * size / np.sqrt(outputs)
+  x[0, -1, 0], g[0, -1, 0] = 1.0, 1e18
+  batch = {'x': jnp.float32(x), 'g': jnp.float32(g)}
+  result = jax.jit(
+    lambda batch: privacy.clipped_sum(
+      products, jnp.zeros((inputs, outputs)), batch, clip_norm=1e-12, strategy=strategy
+    )
+  )(batch)
+  assert norm(result.sum) <= 1e-12 * MARGIN
