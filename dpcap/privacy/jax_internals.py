@@ -21,6 +21,12 @@ CALLS_OUT = ('pure_callback', 'io_callback', 'ffi_call')
 ONE_BY_ONE = ('sequential', 'sequential_unrolled')
 
 
+def is_one_by_one(rule: Any) -> bool:
+  """Whether a rule of custom_vmap is JAX's own that takes one example after the other."""
+  of_jax = getattr(rule, '__module__', '') == 'jax._src.custom_batching'
+  return of_jax and getattr(rule, '__qualname__', '').startswith('sequential_vmap.')
+
+
 def open_jaxpr(jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
   """The jaxpr and its constants; equations hold them with and without."""
   return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, ())

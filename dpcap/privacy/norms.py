@@ -176,7 +176,8 @@ def _of_unit(parts: Sequence[Products | Rows]) -> SquaredNorm:
   g = jnp.concatenate([at_least_float32(part.g) for part in rows])
   # Only tokens of the same row are added up.
   counts = jnp.sum(row[:, None] == row, axis=1)
-  each = (adding(1) + _SLACK * unit_roundoff(g.dtype) * counts).astype(g.dtype)
+  roundings = unit_roundoff(g.dtype) * counts
+  each = (adding(1) + _SLACK * roundings / (1 - jnp.minimum(roundings, 0.5))).astype(g.dtype)
   if not products:
     return _of_tokens(_Tokens(None, row, g, each), weighing)
   a, h = (y[0] for y in outer_products.joined(products))
@@ -221,7 +222,7 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
       gram_a.error * (jnp.abs(gram_g.value) + gram_g.error)
       + jnp.abs(gram_a.value) * gram_g.error
       + summed * jnp.abs(products)
-      + TINY
+      + 8 * TINY  # of the products here
     )
     share = lambda tokens: weighing + tokens.adding / 2
     if gram_a.lengths and gram_g.lengths:
@@ -321,7 +322,7 @@ def _error(
   Absolute values of slices add up to `parts`; each meets so many additions more.
   """
   within = gamma(terms, dtype) / 2 * (size + parts) + gamma(1, dtype) * size
-  return within + gamma(added, parts.dtype) * parts + n * TINY
+  return within + gamma(added, parts.dtype) * parts + 2 * n * TINY
 
 
 def _lengths(y: jax.Array) -> jax.Array:

@@ -10,6 +10,10 @@ leaves three ways around it, all of them visible in its trace or, where a rule o
 - a batching rule of somebody's own (`jax.custom_batching.custom_vmap`), which gets the whole batch;
 - a call out of JAX (`pure_callback`, `io_callback`, `ffi_call`), unless it is made for one example after
   the other (vmap_method='sequential').
+
+What no trace shows is taken for granted: a function called out of JAX keeps nothing of one example for
+the next, and a primitive of somebody's own has a batching rule that keeps examples apart.
+`check_clipping` finds most of what breaks that, by comparing an example in other company.
 """
 
 from collections.abc import Callable, Iterator
@@ -75,6 +79,8 @@ def _way_around(eqn: core.JaxprEqn, own_axes: frozenset[str]) -> str | None:
     return f'{eqn.primitive.name} over the named axis {", ".join(sorted(others))}'
   if eqn.primitive.name == 'custom_vmap_call':
     rule = eqn.params['rule']
+    if jax_internals.is_one_by_one(rule):
+      return None
     return f'a batching rule of its own, {getattr(rule, "__name__", rule)} (custom_vmap)'
   if eqn.primitive.name in jax_internals.CALLS_OUT:
     method = eqn.params.get('vmap_method')

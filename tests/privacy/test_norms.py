@@ -189,9 +189,9 @@ def test_weights_that_make_small_entries_vanish_are_counted(strategy, size):
   tokens, inputs, outputs, a = 400, 1000, 1100, -1.05e-8
   x, g = np.zeros((1, tokens + 2, inputs)), np.zeros((1, tokens + 2, outputs))
   # Entries that vanish once they are weighed, one token that cancels them, and a large one.
-  x[0, :tokens], g[0, :tokens] = a, size / np.sqrt(outputs)
-  x[0, tokens], g[0, tokens] = 1.0, -tokens * a * size / np.sqrt(outputs)
-  x[0, -1, 0], g[0, -1, 0] = 1.0, 1e18
+  x[0, :tokens], g[0, :tokens] = a, size
+  x[0, tokens], g[0, tokens] = 1.0, -tokens * a * size
+  x[0, -1], g[0, -1] = 1 / np.sqrt(inputs), 1e18 / np.sqrt(outputs)
   batch = {'x': jnp.float32(x), 'g': jnp.float32(g)}
   result = jax.jit(
     lambda batch: privacy.clipped_sum(

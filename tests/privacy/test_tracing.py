@@ -162,3 +162,13 @@ def test_the_check_sees_a_loss_that_mixes_behind_the_trace(monkeypatch):
     privacy.check_clipping(
       lambda p, x: jnp.sum(p * mean(x)), jnp.ones(3), batch, strategy='vmap'
     )
+
+
+@every_strategy
+def test_a_rule_that_takes_one_example_after_the_other_is_known(strategy):
+  twice = jax.custom_batching.sequential_vmap(lambda x: 2 * x)
+  loss_fn = lambda p, x: jnp.sum(p * jax.lax.stop_gradient(twice(jax.lax.stop_gradient(x))))
+  result = privacy.clipped_sum(
+    loss_fn, jnp.ones(3), jnp.ones((2, 3)), clip_norm=1.0, strategy=strategy
+  )
+  np.testing.assert_allclose(result.norms, np.sqrt(12) * np.ones(2), rtol=1e-6)
