@@ -26,9 +26,10 @@ sharper where entries are uneven, the sum over slices of the axis of the product
 A Gram matrix is computed slice by slice, A_ts = sum_i A^i_ts, in products of few terms. By the lemma
 slices of n terms are together off by gamma(n) (D^a_ts + sum_i |A^i_ts|) / 2, and slices are added in a known
 order, in which each meets m additions: an entry is off by at most
-E^a_ts = gamma(n) (D^a_ts + sum_i |A^i_ts|) / 2 + gamma(m) sum_i |A^i_ts| + gamma(1) D^a_ts + K TINY, and
-likewise for B (exactly nothing for
-lookups, where A_ts is 0 or 1). Then, entry by entry,
+
+  E^a_ts = gamma(n) (D^a_ts + sum_i |A^i_ts|) / 2 + gamma(m) sum_i |A^i_ts| + gamma(1) D^a_ts + 2 K TINY,
+
+and likewise for B (by nothing for lookups, where A_ts is 0 or 1). Then, entry by entry,
 
   |A B - fl(A) fl(B)| <= E^a (|fl(B)| + E^b) + |fl(A)| E^b,
 
@@ -43,9 +44,10 @@ of one parameter do, it is gamma(T) sum_t |a_tk g_to|.) The norm of the first ov
 
   sum_ko (sum_t |a_tk g_to|)^2 = sum_ts (sum_k |a_tk a_sk|) (sum_o |g_to g_so|) <= sum_ts D^a_ts D^b_ts,
 
-that of the second is |S|, bounded by (2). A weighed entry below TINY may become 0: TINY |g_to| is lost for each
-a_tk, TINY |a_tk| for each g_to where that is weighed, so `flushed` is TINY sum_t (sqrt(K) |g_t| + sqrt(O) |a_t|). For lookups, T counts the tokens of the same row. What is
-weighed in a narrow type rounds to it besides.
+that of the second is |S|, bounded by (2). A weighed entry below TINY may become 0: TINY |g_to| is lost
+for each a_tk, or TINY |a_tk| for each g_to where that is weighed, so `flushed` is
+TINY sum_t (sqrt(K) |g_t| + sqrt(O) |a_t|). For lookups, T counts the tokens of the same row. What is weighed
+in a narrow type rounds to it besides.
 
 What it costs. Both bounds look at what is there, not at the worst that could be: for ordinary
 gradients, D^a |B| and |A| D^b sum up to a few |S|^2. Beside the norm, half of `error` over `value` and the
