@@ -59,14 +59,16 @@ def gamma(terms: int, dtype: Any) -> float:
 def tree_sum(x: jax.Array) -> jax.Array:
   """The sum of all entries, in a tree: `tree_depth(x.size)` roundings for each.
 
-  So it is off by at most gamma(tree_depth(x.size)) times the sum of absolute values.
+  So it is off by at most gamma(tree_depth(x.size)) times the sum of absolute values. NaN or
+  infinity where a partial sum is.
   """
   x = x.ravel()
   while x.size > 1:
     ways = min(_WAYS, x.size)
     x = jnp.sum(jnp.pad(x, (0, -x.size % ways)).reshape(ways, -1), axis=0)
-    # XLA makes one sum of two that follow each other, in whatever order it likes.
-    x = jnp.maximum(x, jnp.finfo(x.dtype).min)
+    # XLA makes one sum of two that follow each other, in whatever order it likes. What is past
+    # the largest float, to either side, is infinity from here on.
+    x = jnp.where(jnp.isinf(x), jnp.inf, x)
   return x.reshape(()) if x.size else jnp.zeros((), x.dtype)
 
 

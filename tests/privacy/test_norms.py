@@ -8,6 +8,7 @@ import pytest
 from dpcap import privacy
 from dpcap.privacy import norms, outer_products
 from dpcap.privacy.outer_products import Products, Rows
+from dpcap.privacy.rounding import tree_sum
 from dpcap.privacy.tracing import trace_loss
 from dpcap.privacy.uses import find_uses
 from tests.privacy.programs import CLIP_NORM, MARGIN, norm
@@ -199,3 +200,10 @@ def test_weights_that_make_small_entries_vanish_are_counted(strategy, size):
     )
   )(batch)
   assert norm(result.sum) <= 1e-12 * MARGIN
+
+
+@pytest.mark.parametrize('sign', [-1, 1])
+def test_a_tree_sum_that_overflows_is_not_finite(sign):
+  x = jnp.full(100, sign * 3e38)
+  assert not np.isfinite(tree_sum(x))
+  assert not np.isfinite(tree_sum(jnp.concatenate([x, -x])))
