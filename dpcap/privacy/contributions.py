@@ -77,6 +77,7 @@ def without_unusable(
     )
     return result, usable, jnp.any(usable != mask)
 
+  attempt = jax.jit(attempt)  # traced once for its shapes and for the loop
   shapes = jax.eval_shape(attempt, batch, mask)
   nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   state = (nothing, mask, jnp.array(True))

@@ -1,5 +1,6 @@
 """Norms and sums of sites whose inputs and output gradients are all at hand."""
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,12 @@ from dpcap.privacy.uses import Path, Site
 # factor and the weighted gradient.
 _UNCOUNTED = 8e-6
 
+# Entries of a parameter whose gradients are copied without a thought.
+_SMALL = 4096
+
+# What the sites of a group were fed, and the gradients of their outputs.
+_Arrays = tuple[list[jax.Array], list[jax.Array]]
+
 
 class KeptSites(NamedTuple):
   """A batch's gradients at the sites of some parameters, before they are weighed.
@@ -34,8 +41,16 @@ class KeptSites(NamedTuple):
   formed: list[tuple[Site, jax.Array]]
 
   def squared_norms(self) -> list[SquaredNorm]:
-    """Of what each group that is not formed adds to each example's gradient."""
-    return [norms.squared_norm(g, *_of_group(g, self.xs, self.gs)) for g in self.groups]
+    """Of what each group that is not formed adds to each example's gradient.
+
+    Groups that are alike, as those of a network's layers are, take turns in one loop: what
+    takes their norms is the most there is to compile, and holds memory of its own.
+    """
+    alike = collections.defaultdict(list)
+    for group in self.groups:
+      arrays = _of_group(group, self.xs, self.gs)
+      alike[_kind(group, arrays)].append((group, arrays))
+    return [norm for groups in alike.values() for norm in _norms_of_alike(groups)]
 
   def add_weighted(
     self, sums: dict[int, jax.Array], weights_B: jax.Array, leaves: Sequence[jax.Array]
@@ -88,6 +103,7 @@ def factor_norms(
     exact: per-example gradients (B, ...), summed as they are.
     factored: of what was never formed.
   """
+  exact = _with_small_ones_joined(exact)
   squares = sum_in_pairs([jnp.zeros(size), *map(sum_of_squares, exact)])
   # Squares below the smallest number may be lost.
   entries = sum(g.size // size for g in exact)
@@ -107,5 +123,37 @@ def factor_norms(
   return jnp.where(jnp.isfinite(most), lengths, most), most, off + TINY * math.sqrt(entries)
 
 
-def _of_group(group, xs, gs) -> tuple[list[jax.Array], list[jax.Array]]:
+def _with_small_ones_joined(arrays_B: Sequence[jax.Array]) -> list[jax.Array]:
+  """The same entries of (B, ...) arrays in fewer arrays: a network has hundreds of biases.
+
+  A sum for each takes longer to compile than all the rest of a step.
+  """
+  flat = [g.reshape(len(g), math.prod(g.shape[1:])) for g in arrays_B]
+  small = [g for g in flat if g.shape[1] <= _SMALL]
+  large = [g for g in flat if g.shape[1] > _SMALL]
+  return large + ([jnp.concatenate(small, axis=1)] if small else [])
+
+
+def _kind(group: tuple[Site, ...], arrays: _Arrays) -> str:
+  """What decides how the norms of a group are computed; equal for groups that are alike."""
+  sites = [
+    (str(s.eqn.primitive), str(s.eqn.params), [str(v.aval) for v in s.eqn.invars], s.w)
+    + (s.view.chain, s.view.loops)
+    for s in group
+  ]
+  return str((sites, jax.tree.map(lambda y: f'{y.dtype}{y.shape}', arrays)))
+
+
+def _norms_of_alike(groups: list[tuple[tuple[Site, ...], _Arrays]]) -> list[SquaredNorm]:
+  """Of groups of one kind, each with its arrays."""
+  sites, arrays = groups[0]
+  if len(groups) == 1:
+    return [norms.squared_norm(sites, *arrays)]
+  choices = [lambda arrays=arrays: arrays for _, arrays in groups]
+  by_number = lambda i: norms.squared_norm(sites, *jax.lax.switch(i, choices))
+  stacked = jax.lax.map(by_number, jnp.arange(len(groups)))
+  return [jax.tree.map(lambda y: y[i], stacked) for i in range(len(groups))]
+
+
+def _of_group(group, xs, gs) -> _Arrays:
   return [xs[site.path] for site in group], [gs[site.path] for site in group]

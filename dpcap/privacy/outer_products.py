@@ -123,18 +123,25 @@ def weighted_view(site: Site, x_B: jax.Array, g_B: jax.Array, weights_B: jax.Arr
     operation = lambda w: jax.vmap(lambda x: site.apply(x, w, dtype))(x_B)
     view = jax.ShapeDtypeStruct(site.eqn.invars[site.w].aval.shape, dtype)
     return jax.linear_transpose(operation, view)(_scaled(g_B, weights_B, dtype))[0]
-  if x_B.size < g_B.size:
-    x_B = _scaled(x_B, weights_B, x_B.dtype)
-  else:
-    g_B = _scaled(g_B, weights_B, g_B.dtype)
   x_axes, g_axes = _dot_axes(site)
-  shift = lambda axes: [1 + a for a in axes]
-  contracted = [0, *shift(x_axes.free)], [0, *shift(g_axes.free)]
-  view = dot(x_B, g_B, (contracted, (shift(x_axes.batch), shift(g_axes.batch))))
-  # A product's axes are its batches, then the others of x and of g in their own order.
   batch, inputs, outputs = roles(site)
+  # A product's axes are its batches, then the others of x and of g in their own order.
   by_axis = lambda dims, axes: [d for _, d in sorted(zip(axes, dims, strict=True))]
-  order = [*batch, *by_axis(inputs, x_axes.bound), *by_axis(outputs, g_axes.bound)]
+  x = x_B, x_axes, by_axis(inputs, x_axes.bound)
+  g = g_B, g_axes, by_axis(outputs, g_axes.bound)
+  # The smaller one is weighed. It comes first, where XLA on CPU wants tokens last: so turned it is
+  # a copy that does not stay, and the other is read as it is kept.
+  small, large = (x, g) if x_B.size < g_B.size else (g, x)
+  shift = lambda axes: [1 + a for a in axes]
+  view = dot(
+    _scaled(small[0], weights_B, small[0].dtype),
+    large[0],
+    (
+      tuple([0, *shift(axes.free)] for _, axes, _ in (small, large)),
+      tuple(shift(axes.batch) for _, axes, _ in (small, large)),
+    ),
+  )
+  order = [*batch, *small[2], *large[2]]
   return view.transpose(sorted(range(len(order)), key=lambda i: order[i]))
 
 
