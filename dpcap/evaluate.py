@@ -14,6 +14,7 @@ from dpcap import command_line
 from dpcap.errors import UserError
 from dpcap.evals import table
 from dpcap.training import processes
+from dpcap.training.compilation_cache import keep_compiled_programs
 from dpcap.training.evaluation import Evaluations
 from dpcap.training.workdir import newest_checkpoint, publish_statement
 
@@ -29,6 +30,7 @@ def main() -> None:
   if not config.evals:
     raise UserError('the config has no evals; name at least one evaluator')
   processes.initialize()
+  keep_compiled_programs()
   workdir = pathlib.Path(_WORKDIR.value)
   if processes.is_main():
     publish_statement(workdir)

@@ -13,6 +13,7 @@ from absl import flags
 from dpcap import command_line
 from dpcap.errors import UserError
 from dpcap.training import loop, processes
+from dpcap.training.compilation_cache import keep_compiled_programs
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; created if need be.')
@@ -24,6 +25,7 @@ def main() -> None:
   if not _WORKDIR.value:
     raise UserError('--workdir is missing; give the directory where the run lives')
   processes.initialize()
+  keep_compiled_programs()
   if loop.train(config, pathlib.Path(_WORKDIR.value)) is None:
     sys.exit(loop.STOPPED)
 

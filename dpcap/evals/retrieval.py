@@ -96,8 +96,9 @@ def search(
   x, y = jnp.asarray(unit(x)), jnp.asarray(labels)
   kept = min(_NEIGHBOURS, len(x) - 1)
 
+  # The images may be private: as constants they would be compiled into the program.
   @jax.jit
-  def rank(queries):
+  def rank(x, y, queries):
     similarity = x[queries] @ x.T
     similarity = similarity.at[jnp.arange(len(queries)), queries].set(-jnp.inf)  # comes last
     order = jnp.argsort(-similarity, axis=1)[:, :-1]
@@ -109,6 +110,7 @@ def search(
 
   starts = range(0, len(queries), _AT_ONCE)
   parts = [
-    jax.device_get(rank(queries[i : i + _AT_ONCE])) for i in track('retrieval', starts, len(starts))
+    jax.device_get(rank(x, y, queries[i : i + _AT_ONCE]))
+    for i in track('retrieval', starts, len(starts))
   ]
   return tuple(map(np.concatenate, zip(*parts)))

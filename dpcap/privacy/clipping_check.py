@@ -1,5 +1,6 @@
 """Compares a clipping strategy with vmap on a loss, before it is trusted with a run."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ PyTree = Any
 
 # Strategies round differently, by no more than these fractions; a missing term is far more.
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-2, 0.1
+
+# What is compared runs twice: on CPU, making it fast takes longer than all else here.
+_IN_HASTE = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
 class ClippingMismatch(ValueError):
@@ -46,7 +50,9 @@ def check_clipping(
     ClippingMismatch: with the difference and the parameter that shows the most of it.
   """
 
-  @jax.jit
+  in_haste = _IN_HASTE if jax.default_backend() == 'cpu' else None
+
+  @functools.partial(jax.jit, compiler_options=in_haste)
   def both(params, batch):
     run = lambda strategy: clipped_sum(
       loss_fn, params, batch, clip_norm=1.0, clip_function=clip_function, strategy=strategy

@@ -26,7 +26,7 @@ from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.evaluation import Evaluations
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
-from dpcap.training.progress import Progress
+from dpcap.training.progress import Progress, doing
 from dpcap.training.step import TrainState, example_loss, init_state, make_step
 from dpcap.training.workdir import publish_statement, read_statement, write_whole
 
@@ -61,8 +61,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
   workdir = workdir.resolve()
   if not workdir.name:
     raise UserError(f'--workdir is {workdir}; it must be a directory below another')
-  source = build.make_training_source(config)
-  plan = build.make_plan(config, len(source))
+  main = processes.is_main()
+  with doing('opening the data', main):
+    source = build.make_training_source(config)
+  with doing('accounting', main):
+    plan = build.make_plan(config, len(source))
   if processes.is_main():
     _say_plan(plan)
   try:
@@ -115,10 +118,13 @@ class _Run:
       config.data.text_length,
       config.train.model_seed,
     )
-    self.state = self._init_state()
+    main = processes.is_main()
+    with doing('initialising the model', main):
+      self.state = self._init_state()
     self._clipping = 'none'
     if plan.private:
-      self._clipping = self._choose_clipping(model)
+      with doing('checking the clipping', main):
+        self._clipping = self._choose_clipping(model)
     self._step = make_step(
       model, optimizer, plan, self._layout, self._clipping, self._clip_function
     )

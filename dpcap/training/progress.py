@@ -1,7 +1,8 @@
-"""The progress bar; on a screen that is none, a line now and then."""
+"""What the person who trains sees: a progress bar; where there is no terminal, a line now and then."""
 
 import contextlib
 import sys
+import threading
 import time
 
 from rich import progress
@@ -9,6 +10,28 @@ from rich.console import Console
 
 # Between lines where there is no terminal to draw a bar on.
 _SECONDS_BETWEEN_LINES = 10.0
+
+# What takes longer is told of.
+_WORTH_TELLING = 1.0
+
+
+@contextlib.contextmanager
+def doing(what: str, shown: bool = True):
+  """Tells what goes on before there is a bar: at once on a terminal, elsewhere if it takes long."""
+  console = Console(file=sys.stderr, highlight=False)
+  if not shown:
+    yield
+  elif console.is_terminal:
+    with console.status(f'{what} ...'):
+      yield
+  else:
+    timer = threading.Timer(_WORTH_TELLING, lambda: console.print(f'{what} ...', soft_wrap=True))
+    timer.daemon = True
+    timer.start()
+    try:
+      yield
+    finally:
+      timer.cancel()
 
 
 class Progress:
@@ -29,7 +52,7 @@ class Progress:
     self._console = Console(file=sys.stderr)
     self._shown = shown
     self._bar = progress.Progress(
-      progress.TextColumn('training'),
+      progress.TextColumn('{task.description}'),
       progress.BarColumn(),
       progress.TextColumn('step {task.fields[steps]}'),
       progress.TextColumn('loss [bold]{task.fields[loss]}'),
@@ -39,10 +62,12 @@ class Progress:
       console=self._console,
       disable=not (shown and self._console.is_terminal),
     )
-    self._task = self._bar.add_task('', total=steps, completed=start, steps='', **self._fields)
+    self._task = self._bar.add_task('compiling', total=steps, completed=start, steps='', **self._fields)
 
   def __enter__(self):
     self._bar.start()
+    if self._shown and not self._console.is_terminal:
+      self.say('compiling the step ...')
     return self
 
   def __exit__(self, *_):
@@ -96,6 +121,7 @@ class Progress:
     self._fields['rate'] = f'{self.images_per_second:,.0f}'
     self._bar.update(
       self._task,
+      description='training',
       completed=self._done,
       steps=f'{int(self._done)}/{self._steps}',
       **self._fields,
