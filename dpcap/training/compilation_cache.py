@@ -29,6 +29,10 @@ def keep_compiled_programs() -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
+    # What a killed process left half written would keep JAX from writing anything more.
+    for program in folder.glob('*-cache'):
+      if not program.with_name(program.name.removesuffix('-cache') + '-atime').exists():
+        program.unlink(missing_ok=True)
   except OSError:
     return
   jax.config.update('jax_compilation_cache_dir', str(folder))
