@@ -52,23 +52,32 @@ def calibrate_noise_multiplier(
       ' covers this sampler; raise delta, or take fewer steps'
     )
   # The RDP bound takes milliseconds where the PLD takes seconds.
-  guide = lambda sigma: accounting.epsilon(
-    accounting.with_whole_draws(make_event(sigma)), delta, 'rdp'
-  )
-  sigma, slope = _least_noise(guide, target_epsilon, 1.0, _SLOPE, accountant, delta, 'rdp')
-  if accountant == 'rdp':
-    return sigma
-  for interval in _INTERVALS:
-    bound = lambda sigma, interval=interval: accounting.tightest_epsilon(
-      make_event(sigma), delta, accountant, interval
+  bounds = [
+    lambda sigma: accounting.epsilon(accounting.with_whole_draws(make_event(sigma)), delta, 'rdp')
+  ]
+  if accountant == 'pld':
+    bounds += [
+      lambda sigma, interval=interval: accounting.tightest_epsilon(
+        make_event(sigma), delta, accountant, interval
+      )
+      for interval in _INTERVALS
+    ]
+  smallest = SMALLEST_NOISE_MULTIPLIER[accountant]
+  start, found = (1.0, _SLOPE), None
+  for bound in bounds:
+    found = _least_noise(bound, target_epsilon, smallest, *start)
+    start = found or start  # what a rough bound cannot meet, a finer one may
+  if found is None:
+    raise ValueError(
+      f'epsilon is {target_epsilon}: by the accountant {accountant!r} no noise_multiplier'
+      f' up to {_LARGEST_NOISE_MULTIPLIER:g} meets it at delta {delta:g}; raise epsilon or'
+      ' delta, or take fewer steps or a smaller expected_batch_size'
     )
-    sigma, slope = _least_noise(bound, target_epsilon, sigma, slope, accountant, delta)
-  return sigma
+  return found[0]
 
 
-def _least_noise(bound, target, sigma, slope, accountant, delta, by=None):
-  """By secants in logarithms, from `sigma` on: the noise, and the slope there."""
-  smallest = SMALLEST_NOISE_MULTIPLIER[by or accountant]
+def _least_noise(bound, target, smallest, sigma, slope):
+  """By secants in logarithms, from `sigma` on: the noise and the slope there, or None."""
   low, high, before = 0.0, math.inf, None  # too little noise, and enough
   sigma = max(sigma, smallest)
   while sigma <= _LARGEST_NOISE_MULTIPLIER:
@@ -96,8 +105,4 @@ def _least_noise(bound, target, sigma, slope, accountant, delta, by=None):
     if not low < sigma < high:
       sigma = math.sqrt(low * high) if low and high < math.inf else 2 * low or high / 2
     sigma = max(sigma, smallest)
-  raise ValueError(
-    f'epsilon is {target}: by the accountant {accountant!r} no noise_multiplier'
-    f' up to {_LARGEST_NOISE_MULTIPLIER:g} meets it at delta {delta:g}; raise epsilon or'
-    ' delta, or take fewer steps or a smaller expected_batch_size'
-  )
+  return None

@@ -154,7 +154,7 @@ class PrivacyPlan:
     return accounting.epsilon(event, self.delta, accountant)
 
   def is_within(self, epsilon: float) -> bool:
-    """Whether all steps spend at most `epsilon`; takes less time than to say how much."""
+    """Whether all steps are known to spend at most `epsilon`: see `accounting.is_within`."""
     return accounting.is_within(self.event(self.steps), epsilon, self.delta, self.accountant)
 
   def gaussian_mu(self, releases: int) -> float | None:

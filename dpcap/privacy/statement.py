@@ -161,7 +161,7 @@ def statement_text(statement: dict) -> str:
     f' delta = {s["delta"]:.3g}.'
     f'{" Caution: " + s["delta_allows"] + "." if s["delta_allows"] else ""}'
     f'{f" It is {_four_digits_up(mu)}-Gaussian differentially private." if mu is not None else ""}'
-    f'{f" The best attack tells that an example was there with probability {found} or less." if found else ""}'
+    f'{found and f" No attack tells that an example was there with a probability above {found}."}'
     f' Unit: {s["unit"]}; adjacency: {s["adjacency"]}.'
     f' Mechanism: {s["mechanism"]}, of standard deviation {s["noise_multiplier"]:.4f} x C,'
     f' C = {s["clip_norm"]:g}. Sampler: {s["sampler"]}, q = {s["expected_batch_size"]:,} /'

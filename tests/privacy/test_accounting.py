@@ -152,7 +152,6 @@ def test_no_delta_is_so_small_that_epsilon_falls_below_that_of_the_gaussian_mech
   for delta in (1e-6, 1e-10, 1e-12, 1e-13, 1e-14, 3e-15, 1e-16, 1e-30):
     plan = make_plan(noise_multiplier, expected_batch_size=1000, steps=steps, delta=delta)
     exact = optimize.brentq(lambda epsilon, d=delta: math.log(delta_at(epsilon) / d), 1e-9, 20)
-    # The 80 bits of brentq's last digit apart.
     assert exact - 1e-9 <= plan.epsilon() < 1.25 * exact, delta
     bounds = [plan.epsilon(accountant=name) for name in privacy.ACCOUNTANTS]
     assert plan.epsilon() == min(bounds)
@@ -165,6 +164,13 @@ def test_below_what_a_pld_resolves_rdp_bounds_epsilon():
   assert plan.epsilon() == plan.epsilon(accountant='rdp') < 1
   found = privacy.calibrate(epsilon=1.0, **(SMALL | few))
   assert 0.998 < found.epsilon() <= 1 and 1.9 < found.noise_multiplier < 2.0
+
+
+def test_an_epsilon_below_what_rdp_can_say_is_met_by_pld():
+  few = dict(dataset_size=1_000_000, expected_batch_size=193, steps=80, delta=8e-9)
+  assert make_plan(100.0, **few).epsilon(accountant='rdp') > 0.01
+  plan = privacy.calibrate(epsilon=0.0019, **(SMALL | few))
+  assert 0.998 * 0.0019 <= plan.epsilon() <= 0.0019 and plan.noise_multiplier < 6
 
 
 def test_a_delta_that_no_accountant_of_the_sampler_resolves_is_refused_by_name():
