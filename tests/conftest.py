@@ -42,6 +42,8 @@ _LONGEST = ('test_processes', 'test_local', 'test_loop', 'test_mesh', 'test_stra
 if 'DPCAP_TESTS_CACHE' not in os.environ:
   os.environ['DPCAP_TESTS_CACHE'] = tempfile.mkdtemp(prefix='dpcap-tests-')
   atexit.register(shutil.rmtree, os.environ['DPCAP_TESTS_CACHE'], ignore_errors=True)
+# Nor does anything else come from the user's cache, or go there.
+os.environ['XDG_CACHE_HOME'] = os.environ['DPCAP_TESTS_CACHE']
 _CACHE_SETTINGS = {
   'jax_compilation_cache_dir': os.environ['DPCAP_TESTS_CACHE'],
   'jax_persistent_cache_min_compile_time_secs': 0.2,

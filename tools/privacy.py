@@ -1,9 +1,11 @@
-"""Prints what a config guarantees, without its data: epsilon by each accountant.
+"""Prints what a config guarantees, without its data: epsilon by each accountant, and more.
 
     python -m tools.privacy --config=FILE[:argument] [--config.key=value ...]
 
 One JSON line. `dataset_size` is the config's, or else that of its source. An accountant that
-does not cover the run, or gives no finite bound, is null.
+does not cover the run, or gives no finite bound, is null. `attack_tpr` is the most that an attack's
+true-positive rate can be at a false-positive rate, `gdp_mu` the mu of Gaussian differential privacy
+(null where none is known), `delta_allows` a word of caution about a large delta.
 """
 
 import json
@@ -27,6 +29,8 @@ def main() -> None:
           for name in privacy.ACCOUNTANTS
         },
         'delta': plan.delta,
+        'delta_allows': privacy.statement.delta_allows(plan.delta, plan.dataset_size),
+        **privacy.statement.attack_figures(plan, plan.steps if plan.private else None),
         'noise_multiplier': plan.noise_multiplier,
         'sampling_probability': plan.sampling_probability,
         'steps': plan.steps,

@@ -5,7 +5,7 @@ import math
 
 import dp_accounting
 
-from dpcap.privacy import accounting, clipping, mechanisms, sampling
+from dpcap.privacy import accounting, attacks, calibration, clipping, mechanisms, sampling
 
 
 def _poisson_gaussian(plan: 'PrivacyPlan') -> dp_accounting.DpEvent:
@@ -59,7 +59,8 @@ class PrivacyPlan:
     noise_multiplier: sigma, in units of C; 0 with the mechanism 'none'.
     mechanism: a key of MECHANISMS.
     sampler: a key of SAMPLERS.
-    accountant: a key of ACCOUNTANTS, the one that epsilon is read by.
+    accountant: a key of ACCOUNTANTS, the one that epsilon is read by ('pld': or by RDP, where
+      that is tighter, as it is at a delta that rounding blurs).
     truncated_batch_size: the most that a draw of the sampler 'truncated_poisson' holds, by
       default eight standard deviations above the mean; None with the others.
 
@@ -139,11 +140,32 @@ class PrivacyPlan:
     return dp_accounting.SelfComposedDpEvent(event, releases)
 
   def epsilon(self, releases: int | None = None, accountant: str | None = None) -> float | None:
-    """Epsilon after `releases` (default: all steps), None if the accountant has no bound."""
+    """Epsilon after `releases` (default: all steps).
+
+    By `accountant` alone, None if it does not cover the event; by default by the plan's, or
+    by RDP where that is tighter than the PLD (see `accounting.tightest_epsilon`).
+    """
     releases = self.steps if releases is None else releases
     if releases == 0:
       return 0.0
-    return accounting.epsilon(self.event(releases), self.delta, accountant or self.accountant)
+    event = self.event(releases)
+    if accountant is None:
+      return accounting.tightest_epsilon(event, self.delta, self.accountant)
+    return accounting.epsilon(event, self.delta, accountant)
+
+  def is_within(self, epsilon: float) -> bool:
+    """Whether all steps are known to spend at most `epsilon`: see `accounting.is_within`."""
+    return accounting.is_within(self.event(self.steps), epsilon, self.delta, self.accountant)
+
+  def gaussian_mu(self, releases: int) -> float | None:
+    """The mu of Gaussian differential privacy after `releases`: see `attacks.gaussian_mu`."""
+    return attacks.gaussian_mu(self.event(releases)) if releases else 0.0
+
+  def attack_tpr(self, false_positive_rate: float, releases: int) -> float | None:
+    """What an attack finds at most after `releases`: see `attacks.true_positive_rate`."""
+    if releases == 0:
+      return false_positive_rate
+    return attacks.true_positive_rate(self.event(releases), false_positive_rate)
 
   def make_sampler(self, key: tuple[int, int]):
     """The sampler of this plan under a secret sampling key."""
@@ -201,7 +223,7 @@ def calibrate(
   if mechanism == 'none':
     return PrivacyPlan(noise_multiplier=0.0, **rest)
   trial = PrivacyPlan(noise_multiplier=1.0, **rest)
-  noise_multiplier = accounting.calibrate_noise_multiplier(
+  noise_multiplier = calibration.calibrate_noise_multiplier(
     lambda sigma: dataclasses.replace(trial, noise_multiplier=sigma).event(steps),
     epsilon,
     delta,

@@ -1,5 +1,6 @@
 """The privacy statement that goes with every checkpoint, for people and for programs."""
 
+import math
 from collections.abc import Sequence
 
 from dpcap.privacy import accounting, clipping
@@ -29,6 +30,12 @@ _FORGOTTEN = (
 )
 _SEED = 'keys derived from a fixed seed in the config: anybody can compute the noise'
 
+# At which the true-positive rate of the best attack is said.
+_FALSE_POSITIVE_RATES = (0.01, 0.001)
+
+# A delta above it, or above 1/N, is spelled out.
+_LARGE_DELTA = 1e-3
+
 
 def make_statement(
   plan: PrivacyPlan,
@@ -57,15 +64,18 @@ def make_statement(
 
   Returns:
     A dict whose 'epsilon' maps each accountant to its bound (None: no finite bound, or
-    the event is not covered), and whose 'text' says the same for people.
+    the event is not covered), whose 'attack_tpr' maps false-positive rates to the most that an
+    attack's true-positive rate can be, whose 'gdp_mu' is the mu of Gaussian differential
+    privacy (None for either: none is known), and whose 'text' says the same for people.
   """
   if releases < steps:
     raise ValueError(f'releases is {releases}; it must be at least the steps, {steps}')
   bounds = {
     name: accounting.finite_or_none(plan.epsilon(releases, name)) for name in accounting.ACCOUNTANTS
   }
+  private = plan.private and not fixed_seed and math.isfinite(plan.epsilon(releases))
   statement = {
-    'private': plan.private and not fixed_seed and bounds[plan.accountant] is not None,
+    'private': private,
     'unit': f'one {unit}',
     'adjacency': _ADJACENCY.format(unit),
     'mechanism': _MECHANISMS[plan.mechanism],
@@ -82,8 +92,10 @@ def make_statement(
     'steps': steps,
     'releases': releases,
     'delta': plan.delta,
+    'delta_allows': delta_allows(plan.delta, plan.dataset_size),
     'accountant': plan.accountant,
     'epsilon': bounds,
+    **attack_figures(plan, releases if private else None),
     'key_policy': _SEED if fixed_seed else _ENTROPY if keys_are_stored else _FORGOTTEN,
     'not_covered': [
       *not_covered,
@@ -94,6 +106,34 @@ def make_statement(
   }
   statement['text'] = statement_text(statement)
   return statement
+
+
+def attack_figures(plan: PrivacyPlan, releases: int | None) -> dict:
+  """What is said beside epsilon, JSON-ready: 'gdp_mu' and 'attack_tpr' after `releases`.
+
+  releases = None is a run without a guarantee: nothing is known.
+  """
+  known = releases is not None
+  return {
+    'gdp_mu': plan.gaussian_mu(releases) if known else None,
+    'attack_tpr': {
+      f'{rate:g}': plan.attack_tpr(rate, releases) if known else None
+      for rate in _FALSE_POSITIVE_RATES
+    },
+  }
+
+
+def delta_allows(delta: float, dataset_size: int) -> str | None:
+  """In words what a large delta permits; None for one up to 1e-3 and 1/N."""
+  limits = [f'1/N = {1 / dataset_size:.3g}'] if delta > 1 / dataset_size else []
+  limits += [f'{_LARGE_DELTA:g}'] if delta > _LARGE_DELTA else []
+  if not limits:
+    return None
+  return (
+    f'delta = {delta:.3g} is above {" and ".join(limits)}: a mechanism that publishes every record'
+    f' with probability {delta:.3g}, {delta * dataset_size:,.3g} of {dataset_size:,} on average,'
+    ' satisfies it as well'
+  )
 
 
 def statement_text(statement: dict) -> str:
@@ -110,10 +150,19 @@ def statement_text(statement: dict) -> str:
   bounds = ', '.join(
     f'{value:.3f} by {name.upper()}' for name, value in s['epsilon'].items() if value is not None
   )
-  at_most = s['truncated_batch_size']
+  at_most, mu = s['truncated_batch_size'], s['gdp_mu']
+  found = ', '.join(
+    f'{_percent_up(tpr)} at a false-positive rate of {float(rate):.1%}'
+    for rate, tpr in s['attack_tpr'].items()
+    if tpr is not None
+  )
   return (
     f'This model is (epsilon, delta)-differentially private with epsilon = {bounds},'
-    f' delta = {s["delta"]:.3g}. Unit: {s["unit"]}; adjacency: {s["adjacency"]}.'
+    f' delta = {s["delta"]:.3g}.'
+    f'{" Caution: " + s["delta_allows"] + "." if s["delta_allows"] else ""}'
+    f'{f" It is {_four_digits_up(mu)}-Gaussian differentially private." if mu is not None else ""}'
+    f'{found and f" No attack tells that an example was there with a probability above {found}."}'
+    f' Unit: {s["unit"]}; adjacency: {s["adjacency"]}.'
     f' Mechanism: {s["mechanism"]}, of standard deviation {s["noise_multiplier"]:.4f} x C,'
     f' C = {s["clip_norm"]:g}. Sampler: {s["sampler"]}, q = {s["expected_batch_size"]:,} /'
     f' {s["dataset_size"]:,} = {s["sampling_probability"]:.3g}'
@@ -121,3 +170,11 @@ def statement_text(statement: dict) -> str:
     f' released ({s["steps"]:,} steps). Keys: {s["key_policy"]}.'
     f' Not covered: {"; ".join(s["not_covered"])}.'
   )
+
+
+def _percent_up(share: float) -> str:
+  return f'{math.ceil(min(share, 1.0) * 1e4) / 100:.2f}%'
+
+
+def _four_digits_up(value: float) -> str:
+  return f'{math.ceil(value * 1e4) / 1e4:.4f}'

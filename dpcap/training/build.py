@@ -6,6 +6,7 @@ import numpy as np
 
 from dpcap import data, models, privacy
 from dpcap.errors import UserError
+from dpcap.training import noise_cache
 
 
 def make_tokenizer(config: ml_collections.ConfigDict) -> data.Tokenizer:
@@ -68,7 +69,7 @@ def make_plan(config: ml_collections.ConfigDict, dataset_size: int) -> privacy.P
   )
   try:
     if p.epsilon is not None:
-      return privacy.calibrate(epsilon=p.epsilon, **common)
+      return noise_cache.calibrate(epsilon=p.epsilon, **common)
     return privacy.PrivacyPlan(noise_multiplier=p.noise_multiplier, **common)
   except ValueError as e:
     raise UserError(f'config.privacy: {e}') from e

@@ -23,6 +23,7 @@ from dpcap.errors import UserError
 from dpcap.privacy.sampling import augmentation_generator
 from dpcap.training import build, metrics, processes
 from dpcap.training.checkpoints import Checkpoints
+from dpcap.training.epsilon_curve import EpsilonCurve
 from dpcap.training.evaluation import Evaluations
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
@@ -133,6 +134,7 @@ class _Run:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
     )
     self._store: privacy.KeyStore | None = None  # on the main process
+    self._curve = EpsilonCurve(plan)
 
   def _choose_clipping(self, model: nn.Module) -> str:
     """The strategy that this run's config asks for, once its answer is known to be right."""
@@ -160,6 +162,7 @@ class _Run:
   def __enter__(self):
     with contextlib.ExitStack() as stack:
       stack.push(self._close_checkpoints)
+      stack.callback(self._curve.close)
       # What begins anew with the keys.
       self._parts = stack.enter_context(contextlib.ExitStack())
       self._go_on()
@@ -424,7 +427,9 @@ class _Run:
     every, last = self._config.train.log_every, self._config.train.steps
     if self.done in (1, last) or self.done % every == 0:
       if self._metrics:
-        epsilon = self._plan.epsilon(self._store.releases(self.done))
+        epsilon = self._curve.at(self._store.releases(self.done))
+        following = min(self.done - self.done % every + every, last)
+        self._curve.expect(self._store.releases(following))
         self._metrics.write(
           self.done,
           {

@@ -7,6 +7,7 @@ import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting import pld, rdp
+from scipy import optimize, special
 
 from dpcap import privacy
 
@@ -135,6 +136,65 @@ def test_calibrating_by_pld_needs_less_noise_than_by_rdp():
 def test_an_epsilon_that_no_noise_meets_is_refused(accountant):
   with pytest.raises(ValueError, match='epsilon is 1e-12.*no noise_multiplier.*raise epsilon'):
     privacy.calibrate(epsilon=1e-12, accountant=accountant, **(SMALL | {'delta': 1e-15}))
+
+
+@pytest.mark.parametrize('steps, noise_multiplier', [(4, 2.0), (1000, 50.0), (50_000, 300.0)])
+def test_no_delta_is_so_small_that_epsilon_falls_below_that_of_the_gaussian_mechanism(
+  steps, noise_multiplier
+):
+  # The FFT of the PLD is off by 1e-13 after 50,000 steps, to either side.
+  mu = steps**0.5 / noise_multiplier
+
+  def delta_at(epsilon):
+    enough, too_much = (special.log_ndtr(sign * mu / 2 - epsilon / mu) for sign in (1, -1))
+    return math.exp(enough) * -math.expm1(epsilon + too_much - enough)
+
+  for delta in (1e-6, 1e-10, 1e-12, 1e-13, 1e-14, 3e-15, 1e-16, 1e-30):
+    plan = make_plan(noise_multiplier, expected_batch_size=1000, steps=steps, delta=delta)
+    exact = optimize.brentq(lambda epsilon, d=delta: math.log(delta_at(epsilon) / d), 1e-9, 20)
+    assert exact - 1e-9 <= plan.epsilon() < 1.25 * exact, delta
+    bounds = [plan.epsilon(accountant=name) for name in privacy.ACCOUNTANTS]
+    assert plan.epsilon() == min(bounds)
+
+
+def test_below_what_a_pld_resolves_rdp_bounds_epsilon():
+  few = dict(dataset_size=10_000, delta=1e-16)
+  plan = make_plan(2.0, **few)
+  assert plan.epsilon(accountant='pld') == math.inf
+  assert plan.epsilon() == plan.epsilon(accountant='rdp') < 1
+  found = privacy.calibrate(epsilon=1.0, **(SMALL | few))
+  assert 0.998 < found.epsilon() <= 1 and 1.9 < found.noise_multiplier < 2.0
+
+
+def test_an_epsilon_below_what_rdp_can_say_is_met_by_pld():
+  few = dict(dataset_size=1_000_000, expected_batch_size=193, steps=80, delta=8e-9)
+  assert make_plan(100.0, **few).epsilon(accountant='rdp') > 0.01
+  plan = privacy.calibrate(epsilon=0.0019, **(SMALL | few))
+  assert 0.998 * 0.0019 <= plan.epsilon() <= 0.0019 and plan.noise_multiplier < 6
+
+
+def test_a_delta_that_no_accountant_of_the_sampler_resolves_is_refused_by_name():
+  with pytest.raises(ValueError, match='delta is 1e-16.*resolves none below 8.5e-15 in 50 steps'):
+    privacy.calibrate(epsilon=1.0, **(SMALL | {'delta': 1e-16}), sampler='truncated_poisson')
+
+
+@pytest.mark.parametrize('epsilon', [20.0, 50.0])
+def test_a_large_epsilon_is_calibrated_to_with_few_slow_plds(epsilon, monkeypatch):
+  slow, make = [], pld.privacy_loss_distribution.from_gaussian_mechanism
+
+  def counted(sigma, value_discretization_interval, **settings):
+    slow.extend([sigma] * (value_discretization_interval <= privacy.accounting.INTERVAL))
+    return make(sigma, value_discretization_interval=value_discretization_interval, **settings)
+
+  monkeypatch.setattr(pld.privacy_loss_distribution, 'from_gaussian_mechanism', counted)
+  plan = privacy.calibrate(epsilon=epsilon, **SMALL)
+  assert 0.998 * epsilon <= plan.epsilon() <= epsilon
+  assert len(slow) <= 3
+
+
+def test_what_is_within_an_epsilon_is_so_by_the_plan_itself():
+  plan = make_plan(2.0)
+  assert plan.is_within(plan.epsilon()) and not plan.is_within(0.9999 * plan.epsilon())
 
 
 def test_next_to_no_noise_has_no_finite_bound():

@@ -140,3 +140,63 @@ def test_an_early_checkpoint_has_spent_less():
 def test_fewer_releases_than_steps_are_refused():
   with pytest.raises(ValueError, match='releases is 3.*steps'):
     make(steps=90, releases=3)
+
+
+def test_a_bound_by_rdp_alone_is_a_guarantee():
+  plan = dataclasses.replace(PLAN, delta=1e-16)
+  statement = make(plan)
+  assert statement['private'] is True and statement['epsilon']['pld'] is None
+  assert statement['epsilon']['rdp'] == plan.epsilon(accountant='rdp')
+  assert 'by RDP' in statement['text'] and 'PLD' not in statement['text']
+  assert 'NO' not in statement['text']
+
+
+def test_what_an_attack_finds_is_said_and_never_rounded_down():
+  statement = make(releases=93)
+  rates = statement['attack_tpr']
+  assert rates == {str(rate): PLAN.attack_tpr(rate, 93) for rate in (0.01, 0.001)}
+  for name, words in (('0.01', '1.0%'), ('0.001', '0.1%')):
+    before = statement['text'].split(f'% at a false-positive rate of {words}')[0]
+    said = float(before.split()[-1])
+    assert rates[name] <= said / 100 <= rates[name] + 1e-4
+  assert statement['gdp_mu'] is None and 'Gaussian differentially' not in statement['text']
+
+
+def test_without_sampling_the_gaussian_mu_is_said_and_never_rounded_down():
+  plan = dataclasses.replace(PLAN, expected_batch_size=12_345, noise_multiplier=30.0)
+  statement = make(plan)
+  assert statement['gdp_mu'] == pytest.approx(90**0.5 / 30, rel=1e-12)
+  assert 'It is 0.3163-Gaussian differentially private.' in statement['text']  # 0.31623
+
+
+@pytest.mark.parametrize('fixed_seed', [False, True])
+def test_no_guarantee_says_nothing_of_attacks(fixed_seed):
+  statement = make(PLAN if fixed_seed else without_noise(), fixed_seed=fixed_seed)
+  assert statement['gdp_mu'] is None
+  assert statement['attack_tpr'] == {'0.01': None, '0.001': None}
+  assert 'attack' not in statement['text']
+
+
+@pytest.mark.parametrize(
+  'delta, limits, published',
+  [
+    (1e-4, ['1/N = 8.1e-05'], '1.23'),
+    (0.01, ['1/N = 8.1e-05', '0.001'], '123'),
+    (1 / 12_345, [], None),
+    (2.5e-6, [], None),
+  ],
+)
+def test_a_large_delta_is_spelled_out(delta, limits, published):
+  statement = make(dataclasses.replace(PLAN, delta=delta))
+  said = statement['delta_allows']
+  if not limits:
+    assert said is None and 'Caution' not in statement['text']
+    return
+  assert f'is above {" and ".join(limits)}:' in said
+  assert 'publishes every record' in said and f'{published} of 12,345 on average' in said
+  assert f'Caution: {said}.' in statement['text']
+
+
+def test_a_delta_above_a_thousandth_is_large_for_few_records_too():
+  plan = privacy.PrivacyPlan(100, 10, 5, 5e-3, 1.0, 2.0)
+  assert make(plan, steps=5, releases=5)['delta_allows'].startswith('delta = 0.005 is above 0.001:')
