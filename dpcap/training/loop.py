@@ -66,8 +66,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
   with doing('opening the data', main):
     source = build.make_training_source(config)
   with doing('accounting', main):
-    plan = build.make_plan(config, len(source))
-  if processes.is_main():
+    # From one process: calibrated on other machines, noise might differ in its last bits.
+    make_plan = lambda: dataclasses.asdict(build.make_plan(config, len(source)))
+    plan = privacy.PrivacyPlan(**processes.from_main(make_plan))
+  if main:
     _say_plan(plan)
   try:
     with (
