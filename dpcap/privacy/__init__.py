@@ -67,6 +67,7 @@ from dpcap.privacy.clipping import (
   plain_sum,
 )
 from dpcap.privacy.clipping_check import ClippingMismatch, check_clipping
+from dpcap.privacy.computed_once import settled
 from dpcap.privacy.contributions import ClippedSum
 from dpcap.privacy.digests import digest
 from dpcap.privacy.keys import Keys, KeyStore
@@ -103,5 +104,6 @@ __all__ = [
   'make_statement',
   'plain_sum',
   'running_sum',
+  'settled',
   'statement_text',
 ]

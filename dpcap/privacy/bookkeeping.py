@@ -11,7 +11,6 @@ from dpcap.privacy.contributions import (
   ClippedSum,
   repeated,
   unflattened,
-  weighted,
   without_unusable,
 )
 from dpcap.privacy.kept_sites import factor_norms, keep_sites
@@ -46,15 +45,12 @@ def bookkeeping(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
     direct_grads, gs = backward(jnp.ones_like(losses))
 
     # Norms.
-    direct_grads = jax.tree.map(jax.lax.optimization_barrier, direct_grads)
-    sites = keep_sites(uses.groups, xs, gs)
-    exact = [*direct_grads.values(), *(g for _, g in sites.formed)]
-    norms, *bounds = factor_norms(size, exact, sites.squared_norms())
+    sites = keep_sites(uses.groups, xs, gs, direct_grads, losses)
+    norms, *bounds = factor_norms(size, sites.exact(), sites.squared_norms())
     factors = jnp.where(mask, factor_of(*bounds), 0.0)
 
     # The sum.
-    sums = {i: weighted(factors, grads) for i, grads in direct_grads.items()}
-    sites.add_weighted(sums, factors, leaves)
+    sums = sites.weighted_sums(factors, leaves)
     return ClippedSum(unflattened(treedef, leaves, sums), norms, factors, losses)
 
   return without_unusable(attempt, batch, mask)

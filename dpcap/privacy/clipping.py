@@ -58,6 +58,7 @@ import jax.numpy as jnp
 
 from dpcap.privacy.bookkeeping import bookkeeping
 from dpcap.privacy.clip_functions import Clip, ClipFunction
+from dpcap.privacy.computed_once import settled
 from dpcap.privacy.contributions import ClippedSum, stand_in, weighted, without_unusable
 from dpcap.privacy.ghost import ghost
 from dpcap.privacy.kept_sites import factor_norms
@@ -179,8 +180,8 @@ def _vmap(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
   """The definition of right: every example's whole gradient, by jax.vmap of jax.grad."""
   del jaxpr
   losses, grads = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))(params, batch)
-  # Computed once: norm and sum are of the same numbers.
-  grads = jax.tree.map(lambda g: jax.lax.optimization_barrier(at_least_float32(g)), grads)
+  # Norm and sum are of the same numbers.
+  grads = settled(jax.tree.map(at_least_float32, grads), losses)
   norms, *bounds = factor_norms(mask.size, jax.tree.leaves(grads), [])
   factors = jnp.where(mask & jnp.isfinite(norms), factor_of(*bounds), 0.0)
 

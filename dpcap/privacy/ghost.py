@@ -22,6 +22,7 @@ import numpy as np
 
 from dpcap.privacy import norms, outer_products
 from dpcap.privacy.bookkeeping import batch_axes, make_slot, tap
+from dpcap.privacy.computed_once import settled
 from dpcap.privacy.contributions import (
   ClippedSum,
   repeated,
@@ -112,26 +113,24 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
       told = jnp.where(first, _NORMS, state.factors)
       tell = lambda w: jnp.broadcast_to(told, w.shape).astype(w.dtype)
       sums, direct_grads, gs, of_alone = backward((seeds, jax.tree.map(tell, weights)))
-      direct_grads = jax.tree.map(jax.lax.optimization_barrier, direct_grads)
-      sites = keep_sites(kept_groups, xs, gs)
+      sites = keep_sites(kept_groups, xs, gs, direct_grads, losses)
 
       def take_norms():
-        exact = [*direct_grads.values(), *(g for _, g in sites.formed)]
         in_passes = SquaredNorm(
           of_alone.value,
           of_alone.error + added * (jnp.abs(of_alone.value) + of_alone.error),
           of_alone.rounding * (1 + added),
           of_alone.flushed * (1 + added),
         )
-        norms_B, *bounds = factor_norms(size, exact, [*sites.squared_norms(), in_passes])
+        norms_B, *bounds = factor_norms(size, sites.exact(), [*sites.squared_norms(), in_passes])
         factors = jnp.where(mask, factor_of(*bounds), 0.0)
         return state._replace(norms=norms_B, factors=factors)
 
       def take_sums():
-        total = dict(sums)
-        for i, grads in direct_grads.items():
-          total[i] = weighted(state.factors, grads)
-        sites.add_weighted(total, state.factors, leaves)
+        # Of one parameter there may be sites of both kinds.
+        total = sites.weighted_sums(state.factors, leaves)
+        for i, term in sums.items():
+          total[i] = total[i] + term if i in total else term
         return state._replace(sum=unflattened(treedef, leaves, total))
 
       after = jax.lax.cond(first, take_norms, take_sums)
@@ -177,10 +176,14 @@ def _observed(site: Site) -> Callable:
       (dx_B,) = jax.vjp(lambda x_B: jax.vmap(site.apply, (0, None))(x_B, w), x_B)[1](g_B)
     else:
       dx_B = np.zeros(x_B.shape, jax.dtypes.float0)
-    x_B, g_B = outer_products.settled(x_B), outer_products.settled(g_B)
     # Outside of the branches: norm and sum are of the same numbers.
+    x_B, g_B = outer_products.in_safe_type(x_B), outer_products.in_safe_type(g_B)
     is_formed = outer_products.is_formed([site], [x_B], [g_B])
     formed_B = outer_products.formed([site], [x_B], [g_B]) if is_formed else None
+    if is_formed:
+      formed_B = settled(formed_B, weights_B)
+    else:
+      x_B, g_B = settled((x_B, g_B), weights_B)
     cast = lambda new, old: new.astype(old.dtype)
     dw, squared = jax.lax.cond(
       weights_B[0] < 0,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpcap.privacy import norms, outer_products
+from dpcap.privacy.computed_once import settled
 from dpcap.privacy.contributions import weighted
 from dpcap.privacy.norms import SquaredNorm
 from dpcap.privacy.rounding import TINY, gamma, sum_in_pairs, sum_of_squares, tree_depth
@@ -31,14 +32,20 @@ class KeptSites(NamedTuple):
 
   Attributes:
     groups: of sites (`Uses.groups`), those that are not formed.
-    xs, gs: what each site was fed, and the gradients of its output; settled.
+    xs, gs: of these, what each site was fed, and the gradients of its output.
     formed: site -> per-example gradients (B, ...) of the group that it stands for.
+    direct: parameter -> per-example gradients (B, ...).
   """
 
   groups: list[tuple[Site, ...]]
   xs: dict[Path, jax.Array]
   gs: dict[Path, jax.Array]
   formed: list[tuple[Site, jax.Array]]
+  direct: dict[int, jax.Array]
+
+  def exact(self) -> list[jax.Array]:
+    """Per-example gradients that are summed as they are."""
+    return [*self.direct.values(), *(g for _, g in self.formed)]
 
   def squared_norms(self) -> list[SquaredNorm]:
     """Of what each group that is not formed adds to each example's gradient.
@@ -52,10 +59,11 @@ class KeptSites(NamedTuple):
       alike[_kind(group, arrays)].append((group, arrays))
     return [norm for groups in alike.values() for norm in _norms_of_alike(groups)]
 
-  def add_weighted(
-    self, sums: dict[int, jax.Array], weights_B: jax.Array, leaves: Sequence[jax.Array]
-  ) -> None:
-    """Adds sum_b weights_b (gradient of example b), by parameter, to `sums`."""
+  def weighted_sums(
+    self, weights_B: jax.Array, leaves: Sequence[jax.Array]
+  ) -> dict[int, jax.Array]:
+    """sum_b weights_b (gradient of example b), by parameter."""
+    sums = {i: weighted(weights_B, g_B) for i, g_B in self.direct.items()}
     terms = [
       (site, outer_products.to_parameter(site, weighted(weights_B, g_B), leaves[site.view.leaf]))
       for site, g_B in self.formed
@@ -72,14 +80,21 @@ class KeptSites(NamedTuple):
     for site, term in terms:
       i = site.view.leaf
       sums[i] = sums[i] + term if i in sums else term
+    return sums
 
 
 def keep_sites(
-  groups: Sequence[tuple[Site, ...]], xs: dict[Path, jax.Array], gs: dict[Path, jax.Array]
+  groups: Sequence[tuple[Site, ...]],
+  xs: dict[Path, jax.Array],
+  gs: dict[Path, jax.Array],
+  direct: dict[int, jax.Array],
+  witness: jax.Array,
 ) -> KeptSites:
-  """Forms the gradients that are smaller than what they are made of, keeps the rest as it is."""
-  xs = {at: outer_products.settled(x) for at, x in xs.items()}
-  gs = {at: outer_products.settled(g) for at, g in gs.items()}
+  """Forms the gradients that are smaller than what they are made of, keeps the rest as it is.
+
+  All that is kept is `settled`, by that witness: norms and sums are of the same numbers.
+  """
+  xs, gs = jax.tree.map(outer_products.in_safe_type, (xs, gs))
   unformed, formed = [], []
   for group in groups:
     arrays = _of_group(group, xs, gs)
@@ -87,7 +102,11 @@ def keep_sites(
       formed.append((group[0], outer_products.formed(group, *arrays)))
     else:
       unformed.append(group)
-  return KeptSites(unformed, xs, gs, formed)
+  paths = [site.path for group in unformed for site in group]
+  kept = [{at: arrays[at] for at in paths} for arrays in (xs, gs)]
+  stand_for, grads = [site for site, _ in formed], [g for _, g in formed]
+  (xs, gs), grads, direct = settled((kept, grads, direct), witness)
+  return KeptSites(unformed, xs, gs, list(zip(stand_for, grads)), direct)
 
 
 def factor_norms(
@@ -104,7 +123,7 @@ def factor_norms(
     factored: of what was never formed.
   """
   exact = _with_small_ones_joined(exact)
-  squares = sum_in_pairs([jnp.zeros(size), *map(sum_of_squares, exact)])
+  squares = sum_in_pairs([jnp.zeros(size, jnp.float32), *map(sum_of_squares, exact)])
   # Squares below the smallest number may be lost.
   entries = sum(g.size // size for g in exact)
   lost = TINY * entries

@@ -246,7 +246,7 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
     sums = jax.vmap(tree_sum, 1)(jax.lax.map(of_rows, jax.tree.map(cut, tokens)))
   value, error, rounding, off = sums
   error *= _SLACK
-  of_sums = jnp.max(tokens.adding) / 2 * jnp.sqrt(jnp.maximum(value + error, 0))
+  of_sums = jnp.max(tokens.adding, initial=0.0) / 2 * jnp.sqrt(jnp.maximum(value + error, 0))
   return SquaredNorm(value, error, _SLACK * jnp.square(jnp.sqrt(rounding) + of_sums), _SLACK * off)
 
 

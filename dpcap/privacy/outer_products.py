@@ -39,15 +39,13 @@ class Rows(NamedTuple):
   g: jax.Array
 
 
-def settled(y: jax.Array) -> jax.Array:
-  """An array of a site, brought to values that stay: norms and sums are of the same numbers.
+def in_safe_type(y: jax.Array) -> jax.Array:
+  """The same values of a site's array in a type that norms and sums can be computed from.
 
-  XLA may compute an array again for each of its uses, and round it otherwise there. The barrier
-  has it computed once. It may also leave out a rounding to a narrow type in one place and not
-  in another; what is left is bfloat16 or wider, as weights would take float16 below its smallest
-  numbers. Rows counted in bytes become int32: XLA adds up their gradients in wrong places.
+  XLA may leave out a rounding to a narrow type in one place and not in another; here it is made.
+  What is left is bfloat16 or wider, as weights would take float16 below its smallest numbers. Rows
+  counted in bytes become int32: XLA adds up their gradients in wrong places.
   """
-  y = jax.lax.optimization_barrier(y)
   if y.dtype.itemsize >= 4:
     return y
   if jnp.issubdtype(y.dtype, jnp.integer):
@@ -80,9 +78,7 @@ def formed(sites: Sequence[Site], xs: Sequence[jax.Array], gs: Sequence[jax.Arra
   units = for_each_unit(of_unit, sites, xs, gs)
   slices = [loop.length for loop in sites[0].view.loops if loop.sliced]
   batch = xs[0].shape[len(sites[0].view.loops)]
-  units = units.reshape(*slices, batch, *units.shape[1:])
-  # Norms and sums are of the very same numbers.
-  return jax.lax.optimization_barrier(jnp.moveaxis(units, len(slices), 0))
+  return jnp.moveaxis(units.reshape(*slices, batch, *units.shape[1:]), len(slices), 0)
 
 
 def to_parameter(site: Site, outer: jax.Array, like: jax.Array) -> jax.Array:

@@ -226,9 +226,8 @@ def make_step(
     # same numbers on every shard.
     clipped = reduce(accumulator.sum.value())
     noisy, noise_state = mechanism.add_noise(noise_key, state.step, clipped, noise_state)
-    # Behind the barrier both read the same numbers: a compiler that computes a sum once for
-    # the digest and once for the optimizer may round it in two ways.
-    noisy = jax.lax.optimization_barrier(noisy)
+    # The digest is of the same numbers that the optimizer takes.
+    noisy = privacy.settled(noisy, accumulator.examples)
     digest = jax.lax.with_sharding_constraint(privacy.digest(noisy), layout.whole())
     # The expected batch size is public, the sampled one is not.
     grads = jax.tree.map(lambda g: g / plan.expected_batch_size, noisy)
