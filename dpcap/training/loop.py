@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ from dpcap.privacy.sampling import augmentation_generator
 from dpcap.training import build, metrics, processes
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.evaluation import Evaluations
+from dpcap.training.fatal_records import FatalRecords
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.progress import Progress
@@ -195,13 +197,24 @@ class _Run:
       self._diagnostics = metrics.MetricWriter(self._workdir, metrics.DIAGNOSTICS, self.done)
       self._parts.callback(self._diagnostics.close)
     self._batches = self._make_batches(keys)
-    self._elements = data.iterate(
+    self._elements = self._load()
+    self._parts.callback(self._elements.close)
+
+  def _load(self) -> Iterator[list[data.Chunk]]:
+    """The chunks of all slots to come; a record that ends its worker is left out from then on."""
+    slots = self._batches.slots
+    fatal = FatalRecords(
+      secrets_directory(self._workdir), jax.process_index(), self._source.fingerprint
+    )
+    return data.iterate(
       self._batches,
-      self.done * self._batches.slots,
+      self.done * slots,
       self._config.data.workers,
       timeout_s=self._config.data.worker_timeout_s,
+      fatal={record: step * slots for record, step in processes.from_main(fatal.read)},
+      found=lambda record, element: fatal.add(record, element // slots),
+      say=self._warn,
     )
-    self._parts.callback(self._elements.close)
 
   def _open_store(self, fresh: bool) -> privacy.Keys:
     """Opens or renews keys and ledger, which only the main process does, and what follows."""
@@ -450,8 +463,11 @@ class _Run:
   def _warn_once(self, kind: str, line: str) -> None:
     if kind not in self._warned:
       self._warned.add(kind)
-      where = '' if processes.is_main() else f'process {jax.process_index()}: '
-      self._progress.say(f'warning: {where}{line}')
+      self._warn(line)
+
+  def _warn(self, line: str) -> None:
+    where = '' if processes.is_main() else f'process {jax.process_index()}: '
+    self._progress.say(f'warning: {where}{line}')
 
 
 def _say_plan(plan: privacy.PrivacyPlan) -> None:
