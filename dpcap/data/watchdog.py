@@ -115,10 +115,10 @@ class Watchdog:
     return Place(*self._rows[worker, [_ELEMENT, _RECORD]].tolist())
 
   def _watch(self) -> None:
-    started = {}  # worker -> when it was first seen to have
+    started = {}  # worker -> when it was first seen to make an element
     while not self._closed.wait(min(1.0, self._timeout_s / 4)):
       now = time.monotonic()
-      for worker in np.flatnonzero(self._rows[:, _PROCESS]).tolist():
+      for worker in np.flatnonzero(self._rows[:, _ELEMENT] >= 0).tolist():
         started.setdefault(worker, now)
       since, worker = self._waiting or (now, -1)
       limit = self._timeout_s if worker in started else START_TIMEOUT_S
@@ -127,8 +127,8 @@ class Watchdog:
       # One that hangs before it could say which it is: any that has not said so, once it is there.
       known = {*self._before, *self._rows[:, _PROCESS].tolist()}
       silent = [p.pid for p in multiprocessing.active_children() if p.pid not in known]
-      pids = [int(self._rows[worker, _PROCESS])] if worker in started else silent
-      if pids:
+      process = int(self._rows[worker, _PROCESS])
+      if pids := [process] if process else silent:
         self.hung = worker
         for pid in pids:
           # Grain notices, and raises in the thread that waits.
