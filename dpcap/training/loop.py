@@ -24,6 +24,7 @@ from dpcap.errors import UserError
 from dpcap.privacy.sampling import augmentation_generator
 from dpcap.training import build, metrics, processes
 from dpcap.training.checkpoints import Checkpoints
+from dpcap.training.damage import set_aside
 from dpcap.training.evaluation import Evaluations
 from dpcap.training.fatal_records import FatalRecords
 from dpcap.training.mesh import Layout, make_mesh
@@ -101,6 +102,10 @@ class _Run:
     self._config, self._workdir, self._source, self._plan = config, workdir, source, plan
     self._tokenizer = build.make_tokenizer(config)
     processes.from_main(lambda: _check_workdir(config, workdir))
+    # Before the manager of checkpoints looks for the newest one.
+    for line in processes.from_main(lambda: set_aside(workdir / 'checkpoints')):
+      if processes.is_main():
+        print(f'warning: {line}', file=sys.stderr)
     self._layout = Layout(make_mesh(config.mesh.model_parallel))
     self._checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep_checkpoints)
 

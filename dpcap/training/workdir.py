@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from dpcap.errors import UserError
+from dpcap.training.damage import damage, steps
 
 
 def newest_checkpoint(workdir: pathlib.Path) -> pathlib.Path | None:
-  """The directory of the newest whole checkpoint; one that is being written has another name."""
-  found = [path for path in workdir.glob('checkpoints/*') if path.name.isdecimal()]
-  return max(found, key=lambda path: int(path.name), default=None)
+  """The directory of the newest checkpoint that has all its files.
+
+  One that is being written has another name.
+  """
+  return next((path for path in steps(workdir / 'checkpoints') if damage(path) is None), None)
 
 
 def read_statement(checkpoint: pathlib.Path) -> dict[str, Any]:

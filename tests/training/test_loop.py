@@ -533,6 +533,18 @@ def test_an_older_checkpoint_is_compared_step_by_step(finished):
   assert _statement(finished)['releases'] == tiny.STEPS
 
 
+def test_damaged_checkpoints_are_as_if_they_had_been_taken_away(finished, capfd):
+  """Neither for an old copy of the keys nor for another model is that taken."""
+  shutil.rmtree(finished / 'checkpoints/6/model')
+  (finished / 'checkpoints/9').mkdir()
+  before = _keys(finished)
+  loop.train(_fast(), finished)
+  errors = capfd.readouterr().err
+  assert 'checkpoints/9: not whole (' in errors and 'checkpoints/6: not whole (' in errors
+  assert 'whole checkpoints: 2, 4\n' in errors and 'resuming after step 4' in errors
+  assert _statement(finished)['releases'] == tiny.STEPS and _keys(finished) == before
+
+
 def test_all_steps_since_an_older_checkpoint_are_lost_together(finished):
   _take_away(finished, 4, 6)
   loop.train(_fast(**_OTHER_BITS), finished)

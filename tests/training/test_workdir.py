@@ -7,12 +7,11 @@ import stat
 import pytest
 
 from dpcap.training import workdir as workdir_lib
+from tests import checkpoint_files
 
 
 def _checkpoint(workdir, step):
-  folder = workdir / 'checkpoints' / str(step) / 'privacy'
-  folder.mkdir(parents=True)
-  (folder / 'metadata').write_text(json.dumps({'steps': step}))
+  checkpoint_files.write(workdir / 'checkpoints' / str(step), {'steps': step})
 
 
 def _steps(workdir):
