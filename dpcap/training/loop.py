@@ -107,6 +107,8 @@ class _Run:
       if processes.is_main():
         print(f'warning: {line}', file=sys.stderr)
     self._layout = Layout(make_mesh(config.mesh.model_parallel))
+    if jax.process_count() > 1:
+      processes.connect(self._layout.mesh)
     self._checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep_checkpoints)
 
     model = build.make_model(config, self._tokenizer.vocab_size)
@@ -553,8 +555,8 @@ def _stop_requests():
       signal.default_int_handler(number, frame)
     requests.append(number)
 
-  # Of many processes, SIGTERM to one is a notice that JAX passes on to all.
-  numbers = [signal.SIGINT, *([signal.SIGTERM] if jax.process_count() == 1 else [])]
+  # Where JAX passes SIGTERM on to all processes, it has its own handler.
+  numbers = [signal.SIGINT, *([] if processes.notices_are_passed_on() else [signal.SIGTERM])]
   before = {number: signal.signal(number, request) for number in numbers}
   try:
     yield requests
