@@ -6,6 +6,8 @@ Runs what the section `evals` of the config names and writes DIR/evals/NAME.json
 checkpoint is the newest of the workdir, or the one that `checkpoint` names.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import pathlib
 from typing import Any
 

@@ -6,6 +6,8 @@ One JSON line. `dataset_size` is the config's, or else that of its source. An ac
 does not cover the run, or gives no finite bound, is null.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import json
 
 from dpcap import command_line, privacy

@@ -31,7 +31,7 @@ from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.progress import Progress
 from dpcap.training.step import TrainState, example_loss, init_state, make_step
-from dpcap.training.workdir import publish_statement, read_statement, write_whole
+from dpcap.training.workdir import check_length, publish_statement, read_statement, write_whole
 
 # Exit status of a run that was asked to stop: what shells report for SIGTERM.
 STOPPED = 143
@@ -64,6 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
   workdir = workdir.resolve()
   if not workdir.name:
     raise UserError(f'--workdir is {workdir}; it must be a directory below another')
+  check_length(workdir)
   source = build.make_training_source(config)
   plan = build.make_plan(config, len(source))
   if processes.is_main():
