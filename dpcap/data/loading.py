@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import grain
 from absl import flags
 
-from dpcap.data import guarded, watchdog
+from dpcap.data import guarded, shared_memory, watchdog
 from dpcap.data.byte_ranges import StoreError
 from dpcap.errors import UserError
 
@@ -60,7 +60,8 @@ def iterate(
   goes on with new workers.
 
   Args:
-    data: has a length, items, and a `source` of records from which the items are made.
+    data: has a length, items, a `source` of records from which the items are made, and may have
+      `element_bytes`, how much memory an item takes.
     start: the first element.
     workers: processes that load; 0 loads in threads of this process.
     buffer: elements that each worker holds ready.
@@ -73,7 +74,7 @@ def iterate(
     say: is told in words of every worker that was lost.
 
   Raises:
-    UserError: if workers are lost twice at the same element without a record to blame, if records
+    UserError: if shared memory is too small for the workers, if workers are lost twice at the same element without a record to blame, if records
       hang one after the other, or if the store fails.
   """
   fatal, element, lost_at, hangs = dict(fatal or {}), start, None, 0
@@ -127,6 +128,8 @@ def _load(
   if not workers:
     yield from dataset
     return
+  shared_memory.clear_dead()
+  shared_memory.check_room(workers * (buffer + 2) * getattr(batches.data, 'element_bytes', 0))
   with contextlib.ExitStack() as stack:
     watch = stack.enter_context(watchdog.Watchdog(workers, timeout_s))
     # Python's tracker of shared memory counts segments that Grain has already freed, and
@@ -138,7 +141,7 @@ def _load(
     elements = iter(
       dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
-        worker_init_fn=functools.partial(_start_worker, watch.file),
+        worker_init_fn=functools.partial(_start_worker, watch.file, shared_memory.owner()),
       )
     )
     stack.callback(elements.close)
@@ -156,8 +159,9 @@ def _load(
       yield element
 
 
-def _start_worker(watch_file: str, worker: int, count: int) -> None:
+def _start_worker(watch_file: str, owner: str, worker: int, count: int) -> None:
   del count
+  shared_memory.name_segments(owner)
   watchdog.join(watch_file, worker)
   watchdog.follow_parent()
 

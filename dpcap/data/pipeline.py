@@ -156,6 +156,12 @@ class LogicalBatches:
     b = self.expected_batch_size
     return math.ceil((b + 6 * math.sqrt(b)) / (self.rows * self.chunk_size))
 
+  @property
+  def element_bytes(self) -> int:
+    """Memory of an element: one chunk, but for the last of a step that had an unlucky draw."""
+    one = 3 * self.transform.image_size**2 + 4 * self.transform.text_length
+    return len(self.local_rows) * self.chunk_size * one
+
   def __len__(self) -> int:
     return self.steps * self.slots
 
