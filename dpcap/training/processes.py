@@ -74,7 +74,7 @@ def initialize() -> None:
 
 def connect(mesh: Mesh) -> None:
   """Connects the devices of each axis of a mesh, which all processes call at the same time."""
-  for axis in mesh.axis_names:
+  for axis in (name for name in mesh.axis_names if mesh.shape[name] > 1):
     add = functools.partial(jax.lax.psum, axis_name=axis)
     total = jax.shard_map(add, mesh=mesh, in_specs=P(axis), out_specs=P())
     jax.block_until_ready(jax.jit(total)(np.ones(mesh.shape[axis], np.float32)))
