@@ -1,8 +1,9 @@
 """Batches that say what they read, and leave out records that nobody survives.
 
 A record can end the process that decodes it (a segmentation fault in a library, more memory than
-there is) or keep it for ever. It is known by the watchdog, and tried once more alone, in a process of
-its own; if that ends or hangs as well it is fatal: a bad record from then on, which contributes zero.
+there is) or keep it for ever. It is known by the watchdog, and tried once more alone, in a process
+of its own; if that ends or hangs as well it is fatal: a bad record from then on, which contributes
+zero.
 
 Whether a record is fatal depends on it alone, not on those beside which it was read, and it changes
 nothing of what they contribute: that is what the sensitivity of a sum of contributions needs.

@@ -1,8 +1,8 @@
 """Elements of random-access batches, loaded ahead in worker processes, some of which may die.
 
-One Grain MapDataset, whose element e is a function of e alone. So a loader that lost a worker starts
-again with the element that the run waits for, and the run knows nothing of it: it gets the elements
-that it would have got.
+One Grain MapDataset, whose element e is a function of e alone. So a loader that lost a worker
+starts again with the element that the run waits for, and the run knows nothing of it: it gets the
+elements that it would have got.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _GO_ON = 'the same command goes on from the last checkpoint'
 
 
 class _Loss(NamedTuple):
-  """A worker that died or was killed because it hung: its number, where it was, and how it ended."""
+  """A worker that died, or was killed because it hung; where it was, and how it ended."""
 
   worker: int
   place: watchdog.Place
@@ -74,8 +74,8 @@ def iterate(
     say: is told in words of every worker that was lost.
 
   Raises:
-    UserError: if shared memory is too small for the workers, if workers are lost twice at the same element without a record to blame, if records
-      hang one after the other, or if the store fails.
+    UserError: if shared memory is too small for the workers, if workers are lost twice at the same
+      element without a record to blame, if records hang one after the other, or if the store fails.
   """
   fatal, element, lost_at, hangs = dict(fatal or {}), start, None, 0
   while True:

@@ -1,8 +1,8 @@
-"""Shared memory, through which workers hand over what they made: enough of it, and none of the dead.
+"""Shared memory, through which workers hand over what they made: enough, and none of the dead.
 
-A run that is killed outright leaves its segments in /dev/shm until the machine starts again. Workers
-therefore give them names that tell whose they are: the main process of the run, by its number, when
-it started, and in which namespace of numbers that holds (containers may share /dev/shm).
+A run that is killed outright leaves its segments in /dev/shm until the machine starts again.
+Workers therefore give them names that tell whose they are: the main process of the run, by its
+number, when it started, and in which namespace of numbers that holds (containers may share it).
 """
 
 import contextlib
@@ -62,9 +62,9 @@ def check_room(needed: int) -> None:
   if free < needed:
     raise UserError(
       f'{_SHM}: {free / 2**20:,.0f} MiB are left, data.workers hand over up to'
-      f' {needed / 2**20:,.0f} MiB through it; give it more (docker run --shm-size=..., on Kubernetes'
-      ' an emptyDir of medium Memory mounted there), or lower data.workers, mesh.batches_per_chunk or'
-      ' mesh.physical_batch'
+      f' {needed / 2**20:,.0f} MiB through it; give it more (docker run --shm-size=..., on'
+      ' Kubernetes an emptyDir of medium Memory mounted there), or lower data.workers,'
+      ' mesh.batches_per_chunk or mesh.physical_batch'
     )
 
 

@@ -1,7 +1,8 @@
 """Checkpoints that are not whole: half copied, cut short, or folders that look like one.
 
-A run goes on from the newest whole one. That is as if the damaged ones after it had been taken away:
-the steps since are done again, compared with what they released, and counted (`dpcap.privacy.keys`).
+A run goes on from the newest whole one. That is as if the damaged ones after it had been taken
+away: the steps since are done again, compared with what they released, and counted
+(`dpcap.privacy.keys`).
 """
 
 import json

@@ -1,7 +1,7 @@
 """Records that end or hang the process that reads them, as a run remembers them.
 
-They are found while batches are loaded (`dpcap.data.guarded`): such a record contributes zero from the
-step on for which it was found, and so it does when that step is done again. Steps before it, in
+They are found while batches are loaded (`dpcap.data.guarded`): such a record contributes zero from
+the step on for which it was found, and so it does when that step is done again. Steps before it, in
 which its contribution counted or it was not drawn, stay as they are: what is replayed from an older
 checkpoint comes out in the same bits and counts once. The ledger does not rely on that. A step in
 which a record that was fine before now ends its process comes out in other bits; its digest says so

@@ -155,8 +155,8 @@ def end_together():
     reason = str(e).partition('\n')[0][:200]
     what = 'waited too long for' if 'DEADLINE_EXCEEDED' in reason else 'lost'
     print(
-      f'error: process {jax.process_index()} {what} another process of this run ({reason}); all stop,'
-      ' the same command on all of them goes on from the last checkpoint',
+      f'error: process {jax.process_index()} {what} another process of this run ({reason}); all'
+      ' stop, the same command on all of them goes on from the last checkpoint',
       file=sys.stderr,
       flush=True,
     )
