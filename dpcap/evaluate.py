@@ -6,8 +6,12 @@ Runs what the section `evals` of the config names and writes DIR/evals/NAME.json
 checkpoint is the newest of the workdir, or the one that `checkpoint` names.
 """
 
-import pathlib
+import dpcap.ending  # noqa: F401, I001  before what takes long
 
+import pathlib
+from typing import Any
+
+import numpy as np
 from absl import flags
 
 from dpcap import command_line
@@ -34,14 +38,35 @@ def main() -> None:
   workdir = pathlib.Path(_WORKDIR.value)
   if processes.is_main():
     publish_statement(workdir)
-  checkpoint = find_checkpoint(config.checkpoint, workdir)
   evaluations = Evaluations(config)
   folder = workdir / 'evals'
   with processes.end_together():
-    variables = evaluations.restore(checkpoint)
+    checkpoint, variables = _restore(evaluations, config.checkpoint, workdir)
     results = evaluations.run(variables, str(checkpoint), folder, cache=folder / 'cache')
   if processes.is_main():
     table.show(results)
+
+
+def _restore(
+  evaluations: Evaluations, named: str | None, workdir: pathlib.Path
+) -> tuple[pathlib.Path, Any]:
+  """The checkpoint to evaluate and its variables.
+
+  A run that goes on beside this may remove its newest checkpoint for a newer one, while it is read.
+  """
+  find = lambda: pathlib.Path(processes.from_main(lambda: str(find_checkpoint(named, workdir))))
+  checkpoint = find()
+  while True:
+    error = None
+    try:
+      variables = evaluations.restore(checkpoint)
+    except UserError as e:
+      error = e
+    if not processes.gather(np.array([error is not None])).any():
+      return checkpoint, variables
+    tried, checkpoint = checkpoint, find()
+    if tried == checkpoint:
+      raise error or UserError(f'{checkpoint}: another process cannot read it')
 
 
 def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:

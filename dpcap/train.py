@@ -5,6 +5,8 @@
 The same command resumes a run that was stopped or killed.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import pathlib
 import sys
 

@@ -38,7 +38,12 @@ read_settings() {
   for key in $settings; do
     [[ -n ${!key} ]] || fail "--$key is missing; $0 --help says what it is"
   done
-  [[ ${restarts-0} =~ ^[0-9]+$ ]] || fail "--restarts=$restarts must be a whole number"
+  for key in nodes gpus_per_node cpus slices; do
+    [[ ${!key-1} =~ ^0*[1-9][0-9]*$ ]] || fail "--$key=${!key} must be a whole number of 1 or more"
+  done
+  for key in restarts grace; do
+    [[ ${!key-0} =~ ^[0-9]+$ ]] || fail "--$key=${!key} must be a whole number"
+  done
   for key in --config --workdir; do
     [[ " ${flags[*]-}" == *" $key"[=\ ]* ]] ||
       fail "$key is missing; flags of dpcap.train follow --"

@@ -1,6 +1,8 @@
 """Wrong command lines end in one clear line and status 2, without a stack trace."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -79,3 +81,41 @@ def test_of_values_of_a_key_the_last_one_counts(program):
   assert process.returncode == 0, errors
   found = json.loads(output)
   assert (found['noise_multiplier'], found['delta'], found['dataset_size']) == (5, 1e-3, 400)
+
+
+_CONFIG_FILES = {
+  "def f():\n  return {}['x']\n\ndef get_config():\n  return f()\n": ":2: KeyError: 'x'",
+  'def get_config():\n  raise TypeError("no")\n': ':2: TypeError: no',
+  'import absent_module\n': ":1: ModuleNotFoundError: No module named 'absent_module'",
+  'def get_config(:\n': ':1: invalid syntax',
+  'def config():\n  pass\n': ': has no function get_config',
+  'def get_config():\n  return {}\n': ': get_config returns dict; it must return the ConfigDict',
+  'def get_config():\n  pass\n': ': get_config returns NoneType; it must',
+}
+
+# Imports once, then a process for each file.
+_READ_ALL = """
+import os, sys
+from dpcap import command_line
+holder = command_line.define_config()
+files = sys.argv[1:]
+for file in files:
+  if not os.fork():
+    sys.argv = ['program', f'--config={file}']
+    command_line.run(lambda: command_line.load_config(holder))
+  assert os.waitstatus_to_exitcode(os.wait()[1]) == 2
+"""
+
+
+def test_what_is_wrong_with_a_config_file_is_said_with_its_line(tmp_path):
+  paths = [tmp_path / f'{i}.py' for i in range(len(_CONFIG_FILES))]
+  for path, text in zip(paths, _CONFIG_FILES):
+    path.write_text(text)
+  run = subprocess.run(
+    [sys.executable, '-c', _READ_ALL, *map(str, paths)], capture_output=True, text=True, timeout=60
+  )
+  assert run.returncode == 0, run.stderr
+  lines = run.stderr.splitlines()
+  assert len(lines) == len(paths)
+  for line, path, words in zip(lines, paths, _CONFIG_FILES.values()):
+    assert line.startswith(f'error: {path}{words}')

@@ -30,6 +30,8 @@ Within a round all strategies run once, in an order that changes from round to r
 machine that others use too slows all of them alike. Exits 2 if an option is wrong.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import argparse
 import itertools
 import json

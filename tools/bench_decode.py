@@ -7,6 +7,8 @@ Prints one JSON line per decoder that can be imported:
 images and boxes, round by round in turn.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import importlib.util
 import io
 import json

@@ -20,6 +20,8 @@ Workers are halted while the loop runs, so that the two never share the cores; w
 does hits both alike, and `ratio` is the figure to trust. Exits 2 if an option is wrong.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import argparse
 import functools
 import json

@@ -15,6 +15,8 @@ reference in the same round (median) and its `range`, `size`, `labels`, `device`
 Exits 2 if an option is wrong.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import argparse
 import json
 import statistics

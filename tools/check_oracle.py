@@ -7,6 +7,8 @@ each the largest error relative to the largest reference value, of the worst arr
 there are several. The model runs in float32. Exits 2 if the file cannot be read.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import argparse
 import functools
 import json

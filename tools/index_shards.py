@@ -24,6 +24,8 @@ machines; options that this program does not know are Beam's:
 The workers need dpcap and an index_dir that they and this machine reach.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import argparse
 import concurrent.futures
 import json

@@ -10,6 +10,8 @@ independent of dpcap.privacy. It cannot catch an error in the model itself: that
 file made by the reference implementation.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import argparse
 import json
 

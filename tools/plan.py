@@ -14,7 +14,10 @@ operations at a share of the chip's peak (--utilization).
 "compute_s", "collectives_s", "step_s", "days", "images_per_s_per_host"}.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import json
+import math
 
 import jax
 import ml_collections
@@ -48,6 +51,7 @@ _JSON = flags.DEFINE_bool('json', False, 'One line for programs.')
 
 def main() -> None:
   """Compiles, adds up, prints."""
+  check_numbers(_DEVICES, _HOSTS, _NETWORK, _IMAGES_PER_SECOND, _UTILIZATION, _VOCAB_SIZE)
   config = command_line.load_config(_CONFIG)
   machine = make_machine(_CHIP.value, _DEVICES.value, _HOSTS.value, _NETWORK.value)
   layout = _layout(config, machine)
@@ -68,6 +72,17 @@ def main() -> None:
     print(json.dumps(plan))
   else:
     _show(plan, config, machine)
+
+
+def check_numbers(*holders: flags.FlagHolder) -> None:
+  """Refuses infinity, NaN, zero and what is below; None is for flags that were not given.
+
+  Raises:
+    UserError: naming the flag.
+  """
+  for holder in holders:
+    if holder.value is not None and not 0 < holder.value < math.inf:
+      raise UserError(f'--{holder.name}={holder.value} must be a number above 0')
 
 
 def _layout(config: ml_collections.ConfigDict, machine: Machine) -> Layout:

@@ -8,6 +8,8 @@ true-positive rate can be at a false-positive rate, `gdp_mu` the mu of Gaussian 
 (null where none is known), `delta_allows` a word of caution about a large delta.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import json
 
 from dpcap import command_line, privacy

@@ -7,6 +7,8 @@ diagnostics, shows them too: they come from the training data and lie outside th
 Both load nothing else: images and plots are inside. The results are printed as well.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import pathlib
 
 from absl import flags

@@ -6,14 +6,14 @@ from dpcap.data.contents import Contents, Relation, compare, compare_kinds, know
 from dpcap.data.epochs import AugmentedBatches
 from dpcap.data.image import normalize
 from dpcap.data.image_folder import ImageFolder, ImageList
+from dpcap.data.loading import WORKER_TIMEOUT_S, iterate
 from dpcap.data.pipeline import (
-  WORKER_TIMEOUT_S,
+  Chunk,
   EvaluationBatches,
   EveryNth,
   Examples,
   LogicalBatches,
   Transform,
-  iterate,
 )
 from dpcap.data.scenes import LABELS as SCENE_LABELS
 from dpcap.data.scenes import VOCABULARY_FILE as SCENES_VOCABULARY
@@ -26,6 +26,7 @@ from dpcap.errors import UserError
 
 __all__ = [
   'AugmentedBatches',
+  'Chunk',
   'Contents',
   'DATASETS',
   'Dataset',

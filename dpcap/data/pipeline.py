@@ -1,40 +1,26 @@
-"""From drawn indices to masked physical batches, in worker processes.
+"""From drawn indices to masked physical batches; `loading` makes them in worker processes.
 
 A logical batch is what one step draws; its size varies. It is cut into physical batches
 of a fixed size, the last one padded and masked, and physical batches travel in chunks.
-The pipeline is one Grain MapDataset whose element e is a function of e alone, so that
-order does not depend on the number of workers and a run resumes at any step by seeking.
+Element e of all chunks is a function of e alone, so that order does not depend on the number of
+workers and a run resumes at any step by seeking.
 """
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import math
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-from absl import flags
 
+from dpcap.data import guarded
 from dpcap.data import image as image_ops
-from dpcap.data import watchdog
-from dpcap.data.byte_ranges import StoreError
-from dpcap.data.source import BadRecord, Record, Source, check_caption, read_each
+from dpcap.data.source import BadRecord, Source, check_caption, read_each
 from dpcap.data.text import Tokenizer
-from dpcap.errors import UserError
 
 # Bad records whose reason a chunk carries along; the count is always whole.
 _REASONS_KEPT = 3
-# Far beyond what a chunk takes, and what a store takes that still answers in the end.
-WORKER_TIMEOUT_S = 600.0
-_GO_ON = 'the same command goes on from the last checkpoint'
 
 
 class Examples(NamedTuple):
@@ -115,13 +101,6 @@ class Transform:
     return image_ops.random_flip(array, rng) if self.flip else array
 
 
-def _read(source: Source, indices: Sequence[int]) -> Iterator[tuple[int, Record | BadRecord]]:
-  records = read_each(source, indices)
-  for index in indices:
-    watchdog.reading(index)
-    yield index, next(records)
-
-
 @functools.lru_cache(maxsize=2)
 def _draw_once(draw: Callable[[int], np.ndarray], step: int) -> np.ndarray:
   """The draw of a step, which all of its elements share."""
@@ -177,6 +156,12 @@ class LogicalBatches:
     b = self.expected_batch_size
     return math.ceil((b + 6 * math.sqrt(b)) / (self.rows * self.chunk_size))
 
+  @property
+  def element_bytes(self) -> int:
+    """Memory of an element: one chunk, but for the last of a step that had an unlucky draw."""
+    one = 3 * self.transform.image_size**2 + 4 * self.transform.text_length
+    return len(self.local_rows) * self.chunk_size * one
+
   def __len__(self) -> int:
     return self.steps * self.slots
 
@@ -201,7 +186,8 @@ class LogicalBatches:
     reasons = []
     places = [(row, i) for row, part in enumerate(parts) for i in range(len(part))]
     drawn = np.concatenate(parts).tolist()
-    for place, (index, record) in zip(places, _read(self.source, drawn), strict=True):
+    records = read_each(self.source, drawn)
+    for place, index, record in zip(places, drawn, records, strict=True):
       try:
         if isinstance(record, BadRecord):
           raise record
@@ -218,91 +204,6 @@ class LogicalBatches:
       bad=len(reasons),
       reasons=reasons[:_REASONS_KEPT],
     )
-
-
-def iterate(
-  data, start: int, workers: int, buffer: int = 2, timeout_s: float | None = WORKER_TIMEOUT_S
-) -> Generator:
-  """Elements `start`, `start + 1`, ... of a random-access `data`, loaded ahead.
-
-  Close the generator if it is not read to its end: that ends the workers.
-
-  Args:
-    data: anything with a length and items, as LogicalBatches.
-    start: the first element.
-    workers: processes that load; 0 loads in threads of this process.
-    buffer: elements that each worker holds ready.
-    timeout_s: a worker that keeps the caller waiting for longer is killed; None: never.
-
-  Raises:
-    UserError: if a worker dies or hangs, or the store fails.
-  """
-  dataset = grain.MapDataset.source(data)[start:].to_iter_dataset(
-    grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
-  )
-  watch = None
-  with contextlib.ExitStack() as stack:
-    if workers:
-      if timeout_s is not None:
-        watch = stack.enter_context(watchdog.Watchdog(workers, timeout_s))
-      # Python's tracker of shared memory counts segments that Grain has already freed, and
-      # warns of them at exit; it is a process of its own, which takes this option along.
-      sys.warnoptions.append('ignore:resource_tracker:UserWarning')
-      # Grain reads absl flags here, also in programs that have none.
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-      dataset = dataset.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer),
-        worker_init_fn=functools.partial(_start_worker, watch.file if watch else None),
-      )
-    elements = iter(dataset)
-    if workers:
-      stack.callback(elements.close)
-    try:
-      for number in itertools.count():
-        # Workers take turns.
-        with watch.waiting_for(number % workers) if watch else contextlib.nullcontext():
-          element = next(elements, None)
-        if element is None:
-          return
-        yield element
-    except StoreError as e:
-      raise UserError(f'{e.filename}: {e.strerror}; {_GO_ON}') from e
-    except RuntimeError as e:
-      if 'terminated unexpectedly' not in str(e):
-        raise
-      if watch and watch.hung:
-        worker, record = watch.hung
-        raise UserError(
-          f'data worker {worker} gave nothing for {timeout_s:g} s (data.worker_timeout_s) and was'
-          f' killed; it was reading {_describe(data.source, record)}; {_GO_ON}'
-        ) from e
-      raise UserError(f'a data worker died (out of memory, or killed?): {e}; {_GO_ON}') from e
-
-
-def _describe(source: Source, record: int) -> str:
-  if record < 0:
-    return 'no record yet'
-  # Sources of many files say in which one it is.
-  where = getattr(source, 'where', None)
-  return f'record {record} of {where(record)}' if where else f'record {record}'
-
-
-def _start_worker(watch_file: str | None, worker: int, count: int) -> None:
-  """Ties the life of this worker process to the one that started it, however that ends."""
-  del count
-  if watch_file:
-    watchdog.join(watch_file, worker)
-  # Ctrl-C and schedulers signal the whole group: to stop and save is the main process's part.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-
-  def watch():
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
 
 
 class LabelledImages(NamedTuple):
@@ -339,7 +240,7 @@ class EvaluationBatches:
     size = self.transform.image_size
     images = np.zeros((len(indices), size, size, 3), np.uint8)
     labels = np.full(len(indices), -1)
-    for i, (_, record) in enumerate(_read(self.source, indices)):
+    for i, record in enumerate(read_each(self.source, indices)):
       if isinstance(record, BadRecord):
         continue
       try:
@@ -356,6 +257,13 @@ class EveryNth:
   batches: Sequence[Any]
   n: int
   first: int
+
+  @property
+  def source(self) -> Source:
+    return self.batches.source
+
+  def with_source(self, source: Source) -> 'EveryNth':
+    return dataclasses.replace(self, batches=guarded.with_source(self.batches, source))
 
   def __len__(self) -> int:
     return len(range(self.first, len(self.batches), self.n))

@@ -334,6 +334,9 @@ class _Batches:
   def source(self) -> data.Source:
     return self.cases.source
 
+  def with_source(self, source: data.Source) -> '_Batches':
+    return dataclasses.replace(self, cases=dataclasses.replace(self.cases, source=source))
+
   def __len__(self):
     return math.ceil(len(self.cases) / self.batch_size)
 

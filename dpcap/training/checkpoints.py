@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from dpcap.errors import UserError
 from dpcap.training import processes
+from dpcap.training.damage import damage_of_arrays, whole
 from dpcap.training.step import TrainState
 
 
@@ -114,7 +115,14 @@ class Checkpoints:
   def _restore(self, step, items):
     try:
       return self._manager.restore(step, args=items)
-    except (ValueError, KeyError, OSError) as e:
+    except Exception as e:  # pylint: disable=broad-except
+      # Orbax raises Exception itself where an array cannot be read.
+      if processes.is_loss(e):
+        raise
+      path = pathlib.Path(self.path(step))
+      if why := damage_of_arrays(path):
+        others = whole(self._directory, but=path)
+        raise UserError(f'{path}: not whole ({why}); whole ones beside it: {others}') from e
       raise UserError(
         f'{self.path(step)}: cannot be restored as the model of this config ({_first_line(e)})'
       ) from e

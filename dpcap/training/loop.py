@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -23,13 +24,15 @@ from dpcap.errors import UserError
 from dpcap.privacy.sampling import augmentation_generator
 from dpcap.training import build, metrics, processes
 from dpcap.training.checkpoints import Checkpoints
+from dpcap.training.damage import set_aside
 from dpcap.training.epsilon_curve import EpsilonCurve
 from dpcap.training.evaluation import Evaluations
+from dpcap.training.fatal_records import FatalRecords
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.progress import Progress, doing
 from dpcap.training.step import TrainState, example_loss, init_state, make_step
-from dpcap.training.workdir import publish_statement, read_statement, write_whole
+from dpcap.training.workdir import check_length, publish_statement, read_statement, write_whole
 
 # Exit status of a run that was asked to stop: what shells report for SIGTERM.
 STOPPED = 143
@@ -62,6 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
   workdir = workdir.resolve()
   if not workdir.name:
     raise UserError(f'--workdir is {workdir}; it must be a directory below another')
+  check_length(workdir)
   main = processes.is_main()
   with doing('opening the data', main):
     source = build.make_training_source(config)
@@ -105,7 +109,13 @@ class _Run:
     self._config, self._workdir, self._source, self._plan = config, workdir, source, plan
     self._tokenizer = build.make_tokenizer(config)
     processes.from_main(lambda: _check_workdir(config, workdir))
+    # Before the manager of checkpoints looks for the newest one.
+    for line in processes.from_main(lambda: set_aside(workdir / 'checkpoints')):
+      if processes.is_main():
+        print(f'warning: {line}', file=sys.stderr)
     self._layout = Layout(make_mesh(config.mesh.model_parallel))
+    if jax.process_count() > 1:
+      processes.connect(self._layout.mesh)
     self._checkpoints = Checkpoints(workdir / 'checkpoints', config.train.keep_checkpoints)
 
     model = build.make_model(config, self._tokenizer.vocab_size)
@@ -206,13 +216,24 @@ class _Run:
       self._diagnostics = metrics.MetricWriter(self._workdir, metrics.DIAGNOSTICS, self.done)
       self._parts.callback(self._diagnostics.close)
     self._batches = self._make_batches(keys)
-    self._elements = data.iterate(
+    self._elements = self._load()
+    self._parts.callback(self._elements.close)
+
+  def _load(self) -> Iterator[list[data.Chunk]]:
+    """The chunks of all slots to come; a record that ends its worker is left out from then on."""
+    slots = self._batches.slots
+    fatal = FatalRecords(
+      secrets_directory(self._workdir), jax.process_index(), self._source.fingerprint
+    )
+    return data.iterate(
       self._batches,
-      self.done * self._batches.slots,
+      self.done * slots,
       self._config.data.workers,
       timeout_s=self._config.data.worker_timeout_s,
+      fatal={record: step * slots for record, step in processes.from_main(fatal.read)},
+      found=lambda record, element: fatal.add(record, element // slots),
+      say=self._warn,
     )
-    self._parts.callback(self._elements.close)
 
   def _open_store(self, fresh: bool) -> privacy.Keys:
     """Opens or renews keys and ledger, which only the main process does, and what follows."""
@@ -463,8 +484,11 @@ class _Run:
   def _warn_once(self, kind: str, line: str) -> None:
     if kind not in self._warned:
       self._warned.add(kind)
-      where = '' if processes.is_main() else f'process {jax.process_index()}: '
-      self._progress.say(f'warning: {where}{line}')
+      self._warn(line)
+
+  def _warn(self, line: str) -> None:
+    where = '' if processes.is_main() else f'process {jax.process_index()}: '
+    self._progress.say(f'warning: {where}{line}')
 
 
 def _say_plan(plan: privacy.PrivacyPlan) -> None:
@@ -545,8 +569,8 @@ def _stop_requests():
       signal.default_int_handler(number, frame)
     requests.append(number)
 
-  # Of many processes, SIGTERM to one is a notice that JAX passes on to all.
-  numbers = [signal.SIGINT, *([signal.SIGTERM] if jax.process_count() == 1 else [])]
+  # Where JAX passes SIGTERM on to all processes, it has its own handler.
+  numbers = [signal.SIGINT, *([] if processes.notices_are_passed_on() else [signal.SIGTERM])]
   before = {number: signal.signal(number, request) for number in numbers}
   try:
     yield requests

@@ -11,6 +11,7 @@ environment:
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from dpcap.errors import UserError
 
@@ -61,8 +64,20 @@ def initialize() -> None:
     arguments = dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
   try:
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    # Devices that first meet wait 30 s for each other and no longer; once they are connected, as
+    # long as it takes: for a slow record, or for a process that compiles what others had cached.
+    connect(Mesh(jax.devices(), ('all',)))
+    gather(np.zeros(1, np.int32))
   except (ValueError, RuntimeError) as e:
     raise UserError(f'the processes of this run cannot find each other ({e})') from e
+
+
+def connect(mesh: Mesh) -> None:
+  """Connects the devices of each axis of a mesh, which all processes call at the same time."""
+  for axis in (name for name in mesh.axis_names if mesh.shape[name] > 1):
+    add = functools.partial(jax.lax.psum, axis_name=axis)
+    total = jax.shard_map(add, mesh=mesh, in_specs=P(axis), out_specs=P())
+    jax.block_until_ready(jax.jit(total)(np.ones(mesh.shape[axis], np.float32)))
 
 
 def is_main() -> bool:
@@ -106,11 +121,16 @@ def stop_is_due(requests: list[int], moment: int) -> bool:
   """Whether all processes stop at this moment of the run; `moment` rises by one a call.
 
   One process does as `requests` say. Many agree on a moment once any of them got SIGTERM
-  or its machine's notice of preemption.
+  or its machine's notice of preemption; without JAX's service for that they ask each other.
   """
-  if jax.process_count() == 1:
-    return bool(requests)
-  return multihost_utils.reached_preemption_sync_point(moment)
+  if notices_are_passed_on():
+    return multihost_utils.reached_preemption_sync_point(moment)
+  return bool(gather(np.array([bool(requests)])).any())
+
+
+def notices_are_passed_on() -> bool:
+  """Whether JAX takes SIGTERM to one process of many for a notice to all of them."""
+  return jax.process_count() > 1 and bool(jax.config.jax_enable_preemption_service)
 
 
 def is_loss(error: Exception) -> bool:
@@ -133,9 +153,10 @@ def end_together():
     if not is_loss(e):
       raise
     reason = str(e).partition('\n')[0][:200]
+    what = 'waited too long for' if 'DEADLINE_EXCEEDED' in reason else 'lost'
     print(
-      f'error: process {jax.process_index()} lost another process of this run ({reason}); all stop,'
-      ' the same command on all of them goes on from the last checkpoint',
+      f'error: process {jax.process_index()} {what} another process of this run ({reason}); all'
+      ' stop, the same command on all of them goes on from the last checkpoint',
       file=sys.stderr,
       flush=True,
     )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dpcap import data
 from dpcap.errors import UserError
+from dpcap.training.workdir import read_statement
 
 
 class Verdict(NamedTuple):
@@ -33,8 +34,12 @@ class TrainingData:
   """
 
   def __init__(self, checkpoint: str):
-    """`checkpoint` is WORKDIR/checkpoints/STEP."""
+    """`checkpoint` is WORKDIR/checkpoints/STEP, which a run that goes on may remove later."""
     self._checkpoint = pathlib.Path(checkpoint).resolve()
+    try:
+      self._statement = read_statement(self._checkpoint)
+    except UserError as e:
+      self._statement = e
     self._relations: dict[data.Contents, data.Relation] = {}
 
   def judge(self, sources: Sequence[data.Source], apart: bool | None) -> Verdict:
@@ -82,10 +87,10 @@ class TrainingData:
   @functools.cached_property
   def _contents(self) -> data.Contents:
     source = data.make_source(image_size=self._config['image_size'], **self._config['source'])
-    # As Orbax lays out the checkpoint's own statement.
-    statement = json.loads((self._checkpoint / 'privacy' / 'metadata').read_text())
-    if len(source) != statement['dataset_size']:
+    if isinstance(self._statement, UserError):
+      raise self._statement
+    if len(source) != self._statement['dataset_size']:
       raise UserError(
-        f'{len(source)} records are there, it was trained on {statement["dataset_size"]}'
+        f'{len(source)} records are there, it was trained on {self._statement["dataset_size"]}'
       )
     return source.contents

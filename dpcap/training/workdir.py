@@ -8,12 +8,37 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from dpcap.errors import UserError
+from dpcap.training.damage import damage, steps
+
+
+# Of a name beside the workdir (WORKDIR.secrets), and of the paths in it, with what libraries make.
+_LONGEST_SUFFIX, _LONGEST_PATH_INSIDE = len('.secrets'), 400
+
+
+def check_length(workdir: pathlib.Path) -> None:
+  """Refuses a workdir whose files would have longer names than the file system takes.
+
+  Raises:
+    UserError: saying by how much.
+  """
+  there = next(path for path in workdir.parents if os.path.exists(path))
+  for what, length, limit in (
+    ('name', len(os.fsencode(workdir.name)) + _LONGEST_SUFFIX, os.pathconf(there, 'PC_NAME_MAX')),
+    ('path', len(os.fsencode(workdir)) + _LONGEST_PATH_INSIDE, os.pathconf(there, 'PC_PATH_MAX')),
+  ):
+    if length > limit:
+      raise UserError(
+        f'--workdir: its {what} is {length - limit} bytes too long for what is made beside and in'
+        f' it; the file system takes {limit}'
+      )
 
 
 def newest_checkpoint(workdir: pathlib.Path) -> pathlib.Path | None:
-  """The directory of the newest whole checkpoint; one that is being written has another name."""
-  found = [path for path in workdir.glob('checkpoints/*') if path.name.isdecimal()]
-  return max(found, key=lambda path: int(path.name), default=None)
+  """The directory of the newest checkpoint that has all its files.
+
+  One that is being written has another name.
+  """
+  return next((path for path in steps(workdir / 'checkpoints') if damage(path) is None), None)
 
 
 def read_statement(checkpoint: pathlib.Path) -> dict[str, Any]:

@@ -3,22 +3,13 @@
 import dataclasses
 import functools
 import itertools
-import multiprocessing
-import os
-import pathlib
-import re
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 from dpcap.data import pipeline
-from dpcap.data.byte_ranges import StoreError
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
-from dpcap.errors import UserError
 from dpcap.privacy.sampling import PoissonSampler, augmentation_generator
 
 _N = 500
@@ -52,7 +43,7 @@ def _no_rng(step, index):
   return np.random.default_rng([step, index])
 
 
-def _batches(
+def make_batches(
   draw=_draw, source=None, steps=4, physical=8, per_chunk=2, rows=1, local_rows=None, **transform
 ):
   return pipeline.LogicalBatches(
@@ -83,7 +74,7 @@ def _by_step(batches, elements):
 
 @pytest.mark.parametrize('physical,per_chunk', [(8, 2), (1, 1), (64, 3), (7, 1)])
 def test_each_step_holds_exactly_its_draw(physical, per_chunk):
-  batches = _batches(physical=physical, per_chunk=per_chunk)
+  batches = make_batches(physical=physical, per_chunk=per_chunk)
   steps = _by_step(batches, ((e, batches[e]) for e in range(len(batches))))
   for step in range(4):
     drawn = _draw(step)
@@ -101,7 +92,7 @@ def test_rows_and_processes_share_out_the_same_draw(rows, processes, size):
   draw = lambda step: np.sort(np.random.default_rng(step).permutation(500)[:size])
   share = rows // processes
   of_process = [
-    _batches(draw=draw, rows=rows, local_rows=range(p * share, (p + 1) * share), steps=2)
+    make_batches(draw=draw, rows=rows, local_rows=range(p * share, (p + 1) * share), steps=2)
     for p in range(processes)
   ]
   for step in range(2):
@@ -122,7 +113,7 @@ def test_rows_and_processes_share_out_the_same_draw(rows, processes, size):
 @pytest.mark.parametrize('size', [0, 1, 499])
 def test_no_draw_is_too_small_or_too_large(size):
   """Also one far beyond what the slots were made for is delivered whole."""
-  batches = _batches(draw=lambda step: np.arange(size))
+  batches = make_batches(draw=lambda step: np.arange(size))
   chunks = [c for e in range(batches.slots) for c in batches[e]]
   assert sum(c.drawn for c in chunks) == size
   expected = np.delete(np.arange(size), 13) if size > 13 else np.arange(size)
@@ -133,7 +124,7 @@ def test_no_draw_is_too_small_or_too_large(size):
 
 def test_bad_records_count_as_drawn_are_masked_and_told():
   bad = _draw(0)[[0, 5]]
-  batches = _batches(source=Numbered(bad), steps=1)
+  batches = make_batches(source=Numbered(bad), steps=1)
   chunks = [c for e in range(len(batches)) for c in batches[e]]
   missing = len(set(bad) | ({13} & set(_draw(0))))
   assert sum(c.bad for c in chunks) == missing
@@ -144,143 +135,20 @@ def test_bad_records_count_as_drawn_are_masked_and_told():
     assert not chunk.examples.image[~chunk.mask].any()
 
 
-def _assert_same(a, b):
-  assert len(a) == len(b)
-  for x, y in zip(a, b):
-    assert len(x) == len(y)
-    for c, d in zip(x, y):
-      np.testing.assert_array_equal(c.examples.image, d.examples.image)
-      np.testing.assert_array_equal(c.examples.tokens, d.examples.tokens)
-      np.testing.assert_array_equal(c.mask, d.mask)
-      np.testing.assert_array_equal(c.live, d.live)
-      assert (c.drawn, c.bad, c.reasons) == (d.drawn, d.bad, d.reasons)
-
-
-def test_workers_and_seeking_change_nothing():
-  batches = _batches(source=Numbered([3, 4, 5]), crop_scale=(0.2, 1.0), flip=True)
-  direct = [batches[e] for e in range(len(batches))]
-  _assert_same(list(pipeline.iterate(batches, 0, workers=0)), direct)
-  start = 2 * batches.slots
-  _assert_same(list(pipeline.iterate(batches, start, workers=0)), direct[start:])
-  iterator = pipeline.iterate(batches, start, workers=2)
-  _assert_same(list(iterator), direct[start:])
-  iterator.close()
-
-
-def _note_process(path, step):
-  part = pathlib.Path(f'{path}.part')
-  part.write_text(str(os.getpid()))
-  part.replace(path)
-  return _draw(step)
-
-
-_PARENT = """
-import functools, sys, time
-from dpcap.data import pipeline
-from tests.data import test_pipeline as t
-batches = t._batches(draw=functools.partial(t._note_process, sys.argv[1]))
-iterator = pipeline.iterate(batches, 0, workers=1)
-next(iterator)
-print('ready', flush=True)
-time.sleep(60)
-"""
-
-
-def _runs(pid):
-  try:
-    return pathlib.Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z'
-  except (FileNotFoundError, ProcessLookupError):
-    return False
-
-
-def test_workers_end_with_the_process_that_started_them(tmp_path):
-  """A run that is killed outright leaves no process behind."""
-  path = tmp_path / 'pid'
-  parent = subprocess.Popen(
-    [sys.executable, '-c', _PARENT, str(path)],
-    stdout=subprocess.PIPE,
-    text=True,
-    cwd=pathlib.Path(__file__).parents[2],
-  )
-  assert parent.stdout.readline() == 'ready\n'
-  worker = int(path.read_text())
-  assert worker != parent.pid and _runs(worker)
-  parent.kill()
-  parent.wait()
-  deadline = time.monotonic() + 20
-  while _runs(worker) and time.monotonic() < deadline:
-    time.sleep(0.05)
-  assert not _runs(worker)
-
-
 def test_the_sampling_key_does_not_show():
   sampler = PoissonSampler(_N, 60, (1234567890123, 9876543210987))
   rng = functools.partial(augmentation_generator, sampler.key)
-  batches = dataclasses.replace(_batches(), draw=sampler.draw, augmentation_rng=rng)
+  batches = dataclasses.replace(make_batches(), draw=sampler.draw, augmentation_rng=rng)
   assert '1234567890123' not in repr(batches) and '9876543210987' not in repr(batches)
 
 
 def test_evaluation_batches_hold_all_images_in_order():
   transform = pipeline.Transform(4, 8, BytesTokenizer())
   batches = pipeline.EvaluationBatches(Numbered([2]), transform, 64)
-  parts = list(pipeline.iterate(batches, 0, workers=0))
+  parts = [batches[e] for e in range(len(batches))]
   labels = np.concatenate([p.labels for p in parts])
   expected = np.arange(_N) % 2
   expected[2] = -1
   np.testing.assert_array_equal(labels, expected)
   assert [len(p.images) for p in parts] == [64] * 7 + [_N - 7 * 64]
   assert parts[1].images[3, 0, 0, 1] == 67
-
-
-class Stuck(Numbered):
-  """Record 7 never comes; `where` as a source of shards has it."""
-
-  def __getitem__(self, index):
-    if index == 7:
-      time.sleep(1000)
-    return super().__getitem__(index)
-
-  def where(self, index):
-    return f'shard-{index // 100}.tar'
-
-
-class Failing(Numbered):
-  """From record 7 on the store is gone."""
-
-  def __getitem__(self, index):
-    if index >= 7:
-      raise StoreError(5, 'did not come in 6 attempts', 'gs://bucket/00003.tar')
-    return super().__getitem__(index)
-
-
-def _first_twenty(step):
-  del step
-  return np.arange(20)
-
-
-def test_a_hanging_worker_is_named_and_killed():
-  batches = _batches(source=Stuck(), draw=_first_twenty)
-  # Longer than a worker takes to start.
-  elements = pipeline.iterate(batches, 0, workers=1, timeout_s=10)
-  start = time.monotonic()
-  with pytest.raises(UserError) as error:
-    next(elements)
-  assert time.monotonic() - start < 20
-  assert re.search(
-    r'data worker 0 gave nothing for 10 s \(data.worker_timeout_s\).*record 7 of shard-0.tar;',
-    str(error.value),
-  )
-  assert not multiprocessing.active_children()
-  with pytest.raises(UserError, match='it was reading no record yet;'):
-    next(pipeline.iterate(batches, 0, workers=1, timeout_s=0.1))
-  assert not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_store_that_fails_ends_the_run_with_its_name(workers):
-  batches = _batches(source=Failing(), draw=_first_twenty, physical=4, per_chunk=1)
-  elements = pipeline.iterate(batches, 0, workers)
-  assert len(next(elements)) == 1
-  with pytest.raises(UserError, match=r'^gs://bucket/00003.tar: did not come in 6 attempts; the'):
-    next(elements)
-  elements.close()

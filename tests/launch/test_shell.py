@@ -147,6 +147,25 @@ def test_a_missing_setting_is_named(script, name):
   assert done.stderr.startswith(f'error: --{name} is missing') and done.stderr.count('\n') == 1
 
 
+@pytest.mark.parametrize(
+  'script, name, value',
+  [
+    ('slurm.sh', 'nodes', 'two'),
+    ('slurm.sh', 'gpus_per_node', '0'),
+    ('slurm.sh', 'cpus', '1.5'),
+    ('slurm.sh', 'grace', '5m'),
+    ('sky.sh', 'nodes', '-1'),
+    ('gke_xpk.sh', 'slices', '1e3'),
+    ('tpu_vm.sh', 'restarts', 'inf'),
+  ],
+)
+def test_numbers_that_are_none_are_refused(script, name, value):
+  done = _launch(script, *_arguments(script, **{name: value}), '--dry_run', '--', *_FLAGS)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr.startswith(f'error: --{name}={value} must be a whole number')
+  assert done.stderr.count('\n') == 1
+
+
 @pytest.mark.parametrize('script', _SETTINGS)
 def test_wrong_arguments_are_refused(script):
   for more, message in (

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 from dpcap.errors import UserError
 from dpcap.training.mesh import DATA, MODEL, Layout
 from tests import tiny
+from tools import plan
 from tools.plan_parts import memory, schedule
 from tools.plan_parts.machine import CHIPS, make_machine
 
@@ -62,6 +64,14 @@ def test_the_slowest_link_counts():
 def test_impossible_machines_are_refused(flags, message):
   with pytest.raises(UserError, match=message):
     make_machine(*flags)
+
+
+@pytest.mark.parametrize('value', [math.inf, math.nan, 0, -1.0])
+def test_numbers_that_are_none_are_refused(value):
+  holder = lambda value: types.SimpleNamespace(name='images_per_second', value=value)
+  plan.check_numbers(holder(None), holder(0.5))
+  with pytest.raises(UserError, match=f'--images_per_second={value} must be a number above 0'):
+    plan.check_numbers(holder(1), holder(value))
 
 
 def test_what_a_device_sends():

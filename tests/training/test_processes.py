@@ -25,7 +25,7 @@ _CHANGES = {
 }
 
 
-def _start(program, workdir, *arguments, count=2):
+def _start(program, workdir, *arguments, count=2, **environment):
   """Two processes of two devices each."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
@@ -42,6 +42,7 @@ def _start(program, workdir, *arguments, count=2):
       JAX_NUM_PROCESSES=str(count),
       JAX_PROCESS_ID=str(i),
       XLA_FLAGS=f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2',
+      **environment,
     )
     for i in range(count)
   ]
@@ -90,6 +91,8 @@ def test_two_processes_stopped_and_killed_compute_what_one_does(program, tmp_pat
   errors = [p.communicate(timeout=120)[1] for p in running]
   assert [p.returncode for p in running] == [0, 0], errors
   assert 'resuming after step' in errors[0]
+  # Devices that are not connected yet would wait for each other for 30 s only.
+  assert 'resuming after step' in errors[0].rpartition('[Gloo]')[2]
   # Nothing was released twice, and every draw and noise is that of one process.
   statement = json.loads((workdir / 'privacy.json').read_text())
   assert statement['releases'] == statement['steps'] == _STEPS
@@ -110,7 +113,10 @@ def test_two_processes_stopped_and_killed_compute_what_one_does(program, tmp_pat
 
   # Where a step that is done again comes out in other bits, which the main one sees, all go back.
   shutil.rmtree(workdir / f'checkpoints/{_STEPS}')
-  running = _start(program, workdir, '--config.mesh.physical_batch=4')
+  # And nobody needs the service that passes notices of preemption on.
+  running = _start(
+    program, workdir, '--config.mesh.physical_batch=4', JAX_ENABLE_PREEMPTION_SERVICE='false'
+  )
   errors = [p.communicate(timeout=120)[1] for p in running]
   assert [p.returncode for p in running] == [0, 0], errors
   assert f'step {_STEPS - 1}, done again, came out in other bits' in errors[0]
@@ -147,6 +153,18 @@ def test_one_process_of_one_needs_nobody(monkeypatch):
   processes.initialize()
   assert processes.is_main()
   assert processes.from_main(lambda: {'a': 1}) == {'a': 1}
+
+
+def test_without_the_service_of_notices_processes_ask_each_other(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(processes, 'gather', lambda mine: np.stack([mine, np.array([True])]))
+  assert processes.notices_are_passed_on()
+  jax.config.update('jax_enable_preemption_service', False)
+  try:
+    assert not processes.notices_are_passed_on()
+    assert processes.stop_is_due([], 0)
+  finally:
+    jax.config.update('jax_enable_preemption_service', True)
 
 
 @pytest.mark.parametrize(

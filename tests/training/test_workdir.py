@@ -6,13 +6,13 @@ import stat
 
 import pytest
 
+from dpcap.errors import UserError
 from dpcap.training import workdir as workdir_lib
+from tests import checkpoint_files
 
 
 def _checkpoint(workdir, step):
-  folder = workdir / 'checkpoints' / str(step) / 'privacy'
-  folder.mkdir(parents=True)
-  (folder / 'metadata').write_text(json.dumps({'steps': step}))
+  checkpoint_files.write(workdir / 'checkpoints' / str(step), {'steps': step})
 
 
 def _steps(workdir):
@@ -81,3 +81,18 @@ def test_a_file_is_never_open_to_others_and_no_rest_of_a_crash_makes_it_so(tmp_p
 )
 def test_names_say_what_is_private(tmp_path, name, private):
   assert workdir_lib.is_private(tmp_path / name) == private
+
+
+@pytest.mark.parametrize('length, what', [(247, None), (248, 'name is 1 bytes too long')])
+def test_a_name_too_long_for_what_is_made_beside_it_is_refused(tmp_path, length, what):
+  check = lambda: workdir_lib.check_length(tmp_path / 'absent' / ('x' * length))
+  if what is None:
+    check()
+  else:
+    with pytest.raises(UserError, match=what):
+      check()
+
+
+def test_a_path_too_long_for_what_is_made_in_it_is_refused(tmp_path):
+  with pytest.raises(UserError, match=r'--workdir: its path is \d+ bytes too long'):
+    workdir_lib.check_length(tmp_path / ('x' * 200 + '/') / '/'.join(['y' * 200] * 18))
