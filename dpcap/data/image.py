@@ -9,7 +9,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dpcap.data.source import BadRecord
 
@@ -88,6 +88,8 @@ def _bad_record_if_damaged():
     yield
   except (BadRecord, MemoryError):
     raise
+  except UnidentifiedImageError as error:
+    raise BadRecord(f'not an image of a known format ({", ".join(_FORMATS)})') from error
   except Exception as error:  # what Pillow raises on damaged files is no closed list
     raise BadRecord(f'image cannot be decoded: {type(error).__name__}: {error}') from error
 
