@@ -117,9 +117,10 @@ class TarShards:
         indexes = list(pool.map(lambda shard: index_shard(shard, wanted, index_dir), shards))
     used = [index for index in indexes if index.count]
     if not used:
+      first = ''.join(f'; {index.shard}: {index.problem}' for index in indexes[:1])
       raise UserError(
-        f'data path {path}: {len(indexes)} shard(s) found, but none holds a sample that can be read;'
-        f' {indexes[0].shard}: {indexes[0].problem}'
+        f'data path {path}: {len(indexes)} shard(s) found, but none holds a sample that can be read'
+        f'{first}'
       )
     for index in indexes:
       if index.problem:

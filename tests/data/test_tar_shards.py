@@ -492,6 +492,8 @@ def test_shards_without_any_sample_are_refused(folder, warnings):
   with pytest.raises(UserError, match=r'2 shard\(s\) found, but none holds a sample') as error:
     TarShards(folder)
   assert str(folder) in str(error.value) and 'a.tar: holds no samples' in str(error.value)
+  with pytest.raises(UserError, match=r'all.json: 0 shard\(s\) found, but none holds a sample'):
+    TarShards(write_manifest(folder))
 
 
 # --- the index files ------------------------------------------------------------------
