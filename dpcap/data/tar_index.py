@@ -12,6 +12,7 @@ are no samples.
 
 import collections
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import glob
@@ -30,7 +31,15 @@ import fsspec
 import numpy as np
 from absl import logging
 
-from dpcap.data.byte_ranges import StoreError, describe, is_local, read_file, scan
+from dpcap.data.byte_ranges import (
+  StoreError,
+  ask,
+  describe,
+  find_store,
+  is_local,
+  read_file,
+  scan,
+)
 from dpcap.data.contents import HEAD, checksum, image_ids
 from dpcap.data.source import BadRecord, check_label, parse_fields
 from dpcap.data.tar_headers import BLOCK, TarDamage, iterate_files
@@ -125,7 +134,8 @@ def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[s
   """Expands folders, globs and brace ranges, or a list of them, into the sorted files of each.
 
   Raises:
-    UserError: no shard matches, or a named one is missing.
+    UserError: no shard matches, a named one is missing, or a URL cannot be opened here.
+    StoreError: the store does not tell.
   """
   shards = []
   for pattern in [path] if isinstance(path, (str, os.PathLike)) else path:
@@ -140,26 +150,29 @@ def find_shards(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[s
         )
       shards += named
       continue
-    fs, root = fsspec.core.url_to_fs(pattern)
-    if fs.isdir(root):
-      found = fs.glob(f'{glob.escape(root.rstrip("/"))}/*.tar')
-      expected = '*.tar files in this folder'
-    elif fs.isfile(root):
-      found, expected = [root], ''
-    elif glob.has_magic(pattern):
-      found, expected = fs.glob(root), 'tar files that match this pattern'
-    else:
-      raise UserError(
-        f'data path {pattern}: does not exist;'
-        f' expected a folder of *.tar, a file, a glob or a range {{00000..00041}}.tar'
-      )
+    fs, root = find_store(pattern)
+    found, problem = ask(lambda: _find(fs, root), pattern, 'which shards there are')
     if not found:
-      raise UserError(f'data path {pattern}: no shard found; expected {expected}')
-    local = is_local(pattern)
-    shards += [name if local else fs.unstrip_protocol(name) for name in sorted(found)]
+      raise UserError(f'data path {pattern}: {problem}')
+    shards += found if is_local(pattern) else map(fs.unstrip_protocol, found)
   if not shards:
     raise UserError('data path is an empty list; expected at least one folder, file or pattern')
   return shards
+
+
+def _find(fs: fsspec.AbstractFileSystem, root: str) -> tuple[list[str], str]:
+  """The shards of a folder, file or glob, sorted, and what is wrong where there are none."""
+  if fs.isdir(root):
+    found = sorted(fs.glob(f'{glob.escape(root.rstrip("/"))}/*.tar'))
+    return found, 'no shard found; expected *.tar files in this folder'
+  if fs.isfile(root):
+    return [root], ''
+  if glob.has_magic(root):
+    return sorted(fs.glob(root)), 'no shard found; expected tar files that match this pattern'
+  with contextlib.suppress(FileNotFoundError):
+    fs.info(root)  # what was not found may not have been reached
+  expected = 'a folder of *.tar, a file, a glob or a range {00000..00041}.tar'
+  return [], f'does not exist; expected {expected}'
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -177,8 +190,14 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _exists(url: str) -> bool:
-  fs, path = fsspec.core.url_to_fs(url)
-  return fs.isfile(path)
+  fs, path = find_store(url)
+
+  def is_file():
+    with contextlib.suppress(FileNotFoundError):
+      return fs.info(path)['type'] == 'file'
+    return False
+
+  return ask(is_file, url, 'whether it is there')
 
 
 def index_shard(shard: str, wanted: Wanted, index_dir: str | os.PathLike | None = None) -> Index:
@@ -263,7 +282,7 @@ def state_of(shard: str, wanted: Wanted) -> tuple[int, str]:
 
 def index_files(shard: str, wanted: Wanted, index_dir: str | os.PathLike | None) -> list[str]:
   """The paths or URLs to try for the index of a shard, in this order."""
-  fs, path = fsspec.core.url_to_fs(shard)
+  fs, path = find_store(shard)
   # Runs that want other members of the same shards do not overwrite each other's indexes.
   members = hashlib.sha256(json.dumps(wanted[:2]).encode()).hexdigest()[:8]
   # Shards of different folders share names, so where they meet a hash of the URL tells them apart.
@@ -395,9 +414,9 @@ def write_whole(file: str, content: bytes) -> None:
   Raises:
     OSError: it cannot be written.
   """
-  fs, path = fsspec.core.url_to_fs(file)
+  fs, path = find_store(file)
   if not is_local(file):
-    fs.pipe_file(path, content)
+    ask(lambda: fs.pipe_file(path, content), file, 'that it was written')
     return
   folder = os.path.dirname(path)
   os.makedirs(folder, exist_ok=True)
@@ -416,7 +435,7 @@ def _load(file: str) -> tuple[dict[str, Any], Mapping[str, np.ndarray]] | None:
   """What an index file says, and its arrays, read on access; None: not there, or not ours."""
   try:
     if is_local(file):
-      with open(fsspec.core.url_to_fs(file)[1], 'rb') as opened:
+      with open(find_store(file)[1], 'rb') as opened:
         content = opened.read()
     else:
       content = read_file(file)
