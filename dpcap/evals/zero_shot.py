@@ -149,9 +149,10 @@ def _say_repeated(repeated: dict[str, list[int]], labels_file: str | None) -> st
     f'{name!r} ({", ".join(str(label + first) for label in labels)})'
     for name, labels in itertools.islice(repeated.items(), _REPEATED_TOLD)
   ]
+  more = f' and {len(repeated) - len(told):,} more' if len(repeated) > len(told) else ''
   return (
-    f'{len(repeated):,} names are those of several classes, of which only the first can be predicted by'
-    f' them: {", ".join(told)} ({kind})'
+    f'several classes have the same name, by which only the first can be predicted: {", ".join(told)}'
+    f'{more} ({kind})'
   )
 
 

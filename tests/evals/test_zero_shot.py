@@ -198,7 +198,7 @@ def test_names_of_several_classes_are_warned_of(subject, tmp_path, caplog):
   options = dict(method='greedy', dataset=None, templates=None, batch_size=4)
   options['source'] = dict(split='test', size=4)
   result = zero_shot.evaluate(subject, labels_file=str(tmp_path / 'names'), **options)
-  note = "1 names are those of several classes, of which only the first can be predicted by them: 'red'"
+  note = "several classes have the same name, by which only the first can be predicted: 'red'"
   note += f' (1, 5, 8) (lines of {tmp_path / "names"})'
   assert result.details['note'] == note and note in caplog.text
   assert zero_shot.evaluate(subject, labels_file=None, **options).details['note'] == ''
