@@ -115,7 +115,7 @@ def ask(fetch: Callable[[], Any], url: str, what: str) -> Any:
       time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.7, 1.3))
     try:
       return fetch()
-    except (FileNotFoundError, PermissionError) as error:
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
       raise StoreError(error.errno or errno.EIO, f'{type(error).__name__}: {error}', url) from error
     except MemoryError:
       raise

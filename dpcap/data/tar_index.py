@@ -169,7 +169,7 @@ def _find(fs: fsspec.AbstractFileSystem, root: str) -> tuple[list[str], str]:
     return [root], ''
   if glob.has_magic(root):
     return sorted(fs.glob(root)), 'no shard found; expected tar files that match this pattern'
-  with contextlib.suppress(FileNotFoundError):
+  with contextlib.suppress(FileNotFoundError, NotADirectoryError):
     fs.info(root)  # what was not found may not have been reached
   expected = 'a folder of *.tar, a file, a glob or a range {00000..00041}.tar'
   return [], f'does not exist; expected {expected}'
@@ -193,7 +193,7 @@ def _exists(url: str) -> bool:
   fs, path = find_store(url)
 
   def is_file():
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
       return fs.info(path)['type'] == 'file'
     return False
 

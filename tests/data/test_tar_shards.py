@@ -472,6 +472,8 @@ def test_an_index_made_again_during_a_run_is_noticed(folder):
   'path, reason',
   [
     ('{}/nowhere', 'does not exist'),
+    ('/dev/null/nowhere', 'does not exist'),
+    ('/dev/null/{{0..2}}.tar', '3 of 3 shards missing, first'),
     ('{}', 'no shard found'),
     ('{}/*.tar', 'no shard found'),
     ('{}/{{0..2}}.tar', '3 of 3 shards missing, first'),
