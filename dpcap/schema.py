@@ -208,8 +208,8 @@ SOURCES = {
     'image_keys': Key(
       str,
       None,
-      "extension of the image, all that follows the first dot; several as 'jpg,png'; None: the usual"
-      ' ones',
+      "extension of the image, all that follows the first dot; several as 'jpg,png'; None: the"
+      ' usual ones',
       optional=True,
       check=_GIVEN,
     ),

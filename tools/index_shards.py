@@ -7,19 +7,19 @@ any store that fsspec opens. Each shard gets one small file, beside it or in --i
 whose index is there is not read again, so the same command goes on after an interruption.
 
 Shards that are damaged, unreadable, without samples or sorted by extension are named and left out.
-The manifest lists the others: as `data.source.path` of a config it makes a run start without looking
-for shards, with the number of samples that the summary tells. What the indexes hold must be what the
-config asks for: give --image_keys, --caption_key and --label_key as there.
+The manifest lists the others: as `data.source.path` of a config it makes a run start without
+looking for shards, with the number of samples that the summary tells. What the indexes hold must be
+what the config asks for: give --image_keys, --caption_key and --label_key as there.
 
-Prints one JSON line: {"examples", "with_image", "with_caption", "with_both", "repeated_keys", "strays",
-"shards", "bytes", "damaged", "manifest", "indexed", "seconds"}. Examples are keys with an image; of
-these `with_image` have one that holds a byte; `strays` are keys without, which do not count; `damaged`
-counts the shards left out, `indexed` those that were read now. Exits 1 if no sample can be used, also
-for want of captions where no --label_key is given, or with --strict if any shard was left out; 2 if an
-option is wrong.
+Prints one JSON line: {"examples", "with_image", "with_caption", "with_both", "repeated_keys",
+"strays", "shards", "bytes", "damaged", "manifest", "indexed", "seconds"}. Examples are keys with an
+image; of these `with_image` have one that holds a byte; `strays` are keys without, which do not
+count; `damaged` counts the shards left out, `indexed` those that were read now. Exits 1 if no
+sample can be used, also for want of captions where no --label_key is given, or with --strict if any
+shard was left out; 2 if an option is wrong.
 
-On many machines, give each of them some of the shards and an --index_dir that all reach, then run the
-command once for all shards: it finds the indexes, and writes the manifest.
+On many machines, give each of them some of the shards and an --index_dir that all reach, then run
+the command once for all shards: it finds the indexes, and writes the manifest.
 """
 
 import argparse

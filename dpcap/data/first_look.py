@@ -1,8 +1,8 @@
 """A look at a few records before a run trains on all of them.
 
 An index counts files. Whether the json has its captions under the key that the config names, and
-whether the images are images, shows when records are read: a run in which none can be used would add
-noise to nothing, step for step.
+whether the images are images, shows when records are read: a run in which none can be used would
+add noise to nothing, step for step.
 """
 
 import collections

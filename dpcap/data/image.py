@@ -30,7 +30,7 @@ _PNG = b'\x89PNG\r\n\x1a\n'
 # Parts of a PNG that do not bear on its pixels here: texts and the colour profile.
 _NOTES = (b'tEXt', b'zTXt', b'iTXt', b'iCCP')
 
-# Pillow warns of damage in what is not used here, such as EXIF, and of sizes, which are checked here.
+# Pillow warns of damage in what is not used here, such as EXIF, and of sizes, which are checked.
 warnings.filterwarnings('ignore', module=r'PIL\.')
 
 

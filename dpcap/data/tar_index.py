@@ -5,9 +5,9 @@ shard, or in a folder of indexes (local, or a URL that fsspec opens), or where n
 the user's cache folder. It is made again when the shard changes or other members are asked for.
 
 A sample is what has an image: consecutive members KEY.EXT of one key, as webdataset has it, the key
-ending at the first dot of the file name. The same member once more begins another sample of that key.
-Keys without an image are strays, a README or the text of an image that was lost: they are told, and
-are no samples.
+ending at the first dot of the file name. The same member once more begins another sample of that
+key. Keys without an image are strays, a README or the text of an image that was lost: they are
+told, and are no samples.
 """
 
 import collections
@@ -53,7 +53,7 @@ _FORMAT = 'dpcap tar index 4'
 # Blocks and sizes are stored in 32 bits: 28 bytes a sample, 6.5 GB for LAION's 234 million.
 _LIMIT = 2**32
 _EXTENSIONS_TOLD = 6
-# A row of what is found: block and size of each part, bits of the parts there, the image's checksum.
+# A row of what is found: block and size of each part, bits of the parts there, a checksum.
 _HAS = 2 * len(PARTS)
 _CHECKSUM = _HAS + 1
 _WIDTH = _CHECKSUM + 1
@@ -236,8 +236,8 @@ def index_shard(shard: str, wanted: Wanted, index_dir: str | os.PathLike | None 
   if not problem and not len(table):
     problem = (
       f'holds no samples: no file KEY.{wanted.image_keys[0]}'
-      f'{" or with another of image_keys" if wanted.image_keys[1:] else ""}; a KEY ends at the first'
-      f' dot, and the extensions there are: {counts.listed_extensions()}'
+      f'{" or with another of image_keys" if wanted.image_keys[1:] else ""}; a KEY ends at the'
+      f' first dot, and the extensions there are: {counts.listed_extensions()}'
     )
   meta = {'state': digest, 'count': len(table), 'label_key': wanted.label_key}
   meta |= {'labels': labels, 'problem': problem, 'counts': counts._asdict()}

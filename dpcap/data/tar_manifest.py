@@ -51,8 +51,8 @@ def read(file: str, wanted: Wanted) -> list[Index]:
   """The indexes of the shards that a manifest lists, which are as they were when it was written.
 
   Raises:
-    UserError: the file is no manifest, is of other members, counts other examples than its shards, or
-      a shard changed or an index went since.
+    UserError: the file is no manifest, is of other members, counts other examples than its shards,
+      or a shard changed or an index went since.
     StoreError: a shard cannot be read.
   """
   try:

@@ -2,8 +2,8 @@
 
 A shard holds members KEY.EXT, and consecutive members of the same KEY are one sample: 000123.jpg,
 000123.txt, 000123.json. Its image makes it one; what else lies in a shard is not counted. A tar can
-only be read from its start, so each shard gets an index of byte offsets (`tar_index`); after that any
-record is one ranged read, from a local disk or any fsspec URL.
+only be read from its start, so each shard gets an index of byte offsets (`tar_index`); after that
+any record is one ranged read, from a local disk or any fsspec URL.
 """
 
 import bisect
@@ -119,8 +119,8 @@ class TarShards:
     if not used:
       first = ''.join(f'; {index.shard}: {index.problem}' for index in indexes[:1])
       raise UserError(
-        f'data path {path}: {len(indexes)} shard(s) found, but none holds a sample that can be read'
-        f'{first}'
+        f'data path {path}: {len(indexes)} shard(s) found, but none holds a sample that can be'
+        f' read{first}'
       )
     for index in indexes:
       if index.problem:

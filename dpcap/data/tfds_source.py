@@ -29,8 +29,8 @@ class TfdsSource:
     split: a TFDS split such as 'train' or 'train[:10%]'.
     data_dir: where data sets were prepared. None: TFDS's own default, ~/tensorflow_datasets.
     image_key: the image feature; nested ones are joined by '/'.
-    caption_key: a text feature, or a sequence of texts, such as 'captions/text': of several captions
-      training draws one for each step, evaluations take the first.
+    caption_key: a text feature, or a sequence of texts, such as 'captions/text': of several
+      captions training draws one for each step, evaluations take the first.
     label_key: the class label feature; None or a data set without it: label -1.
     caption_template: makes captions of class names instead, for example 'a photo of a {}'.
 
@@ -39,9 +39,9 @@ class TfdsSource:
     fingerprint: of data set, version, split and feature keys, and sizes and times of its files.
 
   Raises:
-    UserError: the data set is not prepared, not as array_record or not completely; a file is damaged
-      or holds not as many records as the data set says; the split or a feature is unknown or of
-      another kind.
+    UserError: the data set is not prepared, not as array_record or not completely; a file is
+      damaged or holds not as many records as the data set says; the split or a feature is unknown
+      or of another kind.
   """
 
   def __init__(
@@ -174,8 +174,8 @@ def _open(builder, name: str, split: str):
     for instruction, found in zip(instructions, pool.map(_count_records, instructions)):
       if found != instruction.examples_in_shard:
         raise UserError(
-          f'TFDS data set {name!r}: {instruction.filename} holds {found}, but dataset_info.json says'
-          f' {instruction.examples_in_shard:,} records; copy or prepare the data set again'
+          f'TFDS data set {name!r}: {instruction.filename} holds {found}, but dataset_info.json'
+          f' says {instruction.examples_in_shard:,} records; copy or prepare the data set again'
         )
   states = [(i.basename(), present[i.basename()].stat()) for i in instructions]
   return source.data_source, [(name, state.length, state.mtime) for name, state in states]
@@ -186,7 +186,7 @@ def _count_records(instruction) -> int | str:
   try:
     reader = array_record_module.ArrayRecordReader(instruction.filename)
     try:
-      return reader.num_records() if reader.ok() else 'nothing that can be read (damaged, or cut off)'
+      return reader.num_records() if reader.ok() else 'nothing that can be read (damaged or cut)'
     finally:
       reader.close()
   except (RuntimeError, ValueError) as error:

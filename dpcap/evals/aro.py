@@ -376,8 +376,8 @@ def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) 
 
   `mean_over_groups` is ARO's figure: the mean of the groups' accuracies, of those groups that
   have the fewest cases that count. A tie with a false caption counts as wrong. `left_out` are all
-  cases that cannot be asked, `left_out_for_length` those whose captions are alike once text_length has
-  cut them, `true_captions_cut` the asked ones whose true caption is; `note` says so in words.
+  cases that cannot be asked, `left_out_for_length` those whose captions are alike once text_length
+  has cut them, `true_captions_cut` the asked ones whose true caption is; `note` says so in words.
 
   Raises:
     UserError: if there is no case.
@@ -412,8 +412,8 @@ def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) 
   note = ''
   if alike or cut:
     note = (
-      f'data.text_length cuts captions: {cut:,} of {n:,} true ones were cut, {alike:,} more cases were'
-      ' left out because what differs was cut off'
+      f'data.text_length cuts captions: {cut:,} of {n:,} true ones were cut, {alike:,} more cases'
+      ' were left out because what differs was cut off'
     )
   return Result(
     'accuracy',

@@ -151,8 +151,8 @@ def _say_repeated(repeated: dict[str, list[int]], labels_file: str | None) -> st
   ]
   more = f' and {len(repeated) - len(told):,} more' if len(repeated) > len(told) else ''
   return (
-    f'several classes have the same name, by which only the first can be predicted: {", ".join(told)}'
-    f'{more} ({kind})'
+    'several classes have the same name, by which only the first can be predicted:'
+    f' {", ".join(told)}{more} ({kind})'
   )
 
 

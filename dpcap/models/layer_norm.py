@@ -9,9 +9,9 @@ class LayerNorm(nn.Module):
   """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis of x (..., D).
 
   The variance is that of x - mean. Flax takes E[x^2] - E[x]^2, which loses it to rounding where the
-  mean is large: at mean / deviation 30 its result is off by 7e-4 in float32 and at 1,000 by 0.8, this
-  one by 5e-6 and 2e-4. Trained weights have such activations. Flax's own other way (`use_fast_variance
-  =False`) is as accurate and takes longer, for it computes x - mean twice.
+  mean is large: at mean / deviation 30 its result is off by 7e-4 in float32 and at 1,000 by 0.8,
+  this one by 5e-6 and 2e-4. Trained weights may have such activations. Flax's own other way
+  (`use_fast_variance=False`) is as accurate and takes longer, for it computes x - mean twice.
 
   Attributes:
     epsilon: of the variance.

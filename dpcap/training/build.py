@@ -55,8 +55,8 @@ def make_training_source(config: ml_collections.ConfigDict) -> data.Source:
     raise UserError(f'{e.filename}: {e.strerror}') from e
   if 2 * look.usable < look.looked_at:
     said = (
-      f'data.source: {look.usable} of {look.looked_at} records, spread over all {len(source):,}, can'
-      f' be used; the others: {"; ".join(look.reasons)}'
+      f'data.source: {look.usable} of {look.looked_at} records, spread over all {len(source):,},'
+      f' can be used; the others: {"; ".join(look.reasons)}'
     )
     # Sources of many files say what is in them.
     about = getattr(source, 'about', '')

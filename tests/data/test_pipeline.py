@@ -222,7 +222,8 @@ def test_one_of_several_captions_is_drawn_for_each_step_and_replayed():
   tokenizer = BytesTokenizer()
 
   def captions(step):
-    chunks = [c for e in range(step * batches.slots, (step + 1) * batches.slots) for c in batches[e]]
+    elements = range(step * batches.slots, (step + 1) * batches.slots)
+    chunks = [chunk for element in elements for chunk in batches[element]]
     return [tokenizer.decode(row) for c in chunks for row in c.examples.tokens[c.mask]]
 
   seen = [captions(step) for step in range(10)]

@@ -20,6 +20,7 @@ def test_a_row_for_each_result(capsys):
 
 def test_notes_stand_below(capsys):
   note = 'data.text_length [40] cuts 3 captions ' + 'and says so at length ' * 6
-  table.show({'aro': evals.Result('accuracy', 0.5, 2, {'note': note}), 'b': evals.Result('x', 1, 1, {})})
+  noted, other = ({'note': note}, {})
+  table.show({'aro': evals.Result('accuracy', 0.5, 2, noted), 'b': evals.Result('x', 1, 1, other)})
   below = capsys.readouterr().out.rpartition('┘')[2]
   assert ' '.join(below.split()) == f'aro: {note}'.strip()

@@ -64,7 +64,8 @@ def test_declared_and_true_size_must_agree():
 
 
 @pytest.mark.parametrize(
-  'good, outcome', [(0, 'refused'), (1, 'warned of'), (31, 'warned of'), (32, 'taken'), (64, 'taken')]
+  'good, outcome',
+  [(0, 'refused'), (1, 'warned of'), (31, 'warned of'), (32, 'taken'), (64, 'taken')],
 )
 def test_data_without_anything_to_learn_from_are_refused(good, outcome, monkeypatch, caplog):
   """A wrong caption_key in the json, say; what is said goes to the screen."""
