@@ -205,7 +205,17 @@ SOURCES = {
       'folder, glob, brace range or URL of the tar shards, or a manifest of tools.index_shards',
       check=_GIVEN,
     ),
-    'caption_key': Key(str, 'txt', "extension of the caption, or 'json:FIELD'"),
+    'image_keys': Key(
+      str,
+      None,
+      "extension of the image, all that follows the first dot; several as 'jpg,png'; None: the"
+      ' usual ones',
+      optional=True,
+      check=_GIVEN,
+    ),
+    'caption_key': Key(
+      str, 'txt', "extension of the caption, or 'json:FIELD', which may be a list of captions"
+    ),
     'label_key': Key(str, None, 'field of the json with the label', optional=True),
     'index_dir': Key(
       str,

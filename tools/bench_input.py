@@ -179,7 +179,7 @@ def time_stages(source: data.Source, rounds: int) -> list[dict[str, Any]]:
   for record in data.source.read_each(source, numbers):
     if not isinstance(record, data.source.BadRecord):
       records.append(record)
-  captions = [data.source.check_caption(record['caption']) for record in records]
+  captions = [data.source.choose_caption(record['caption']) for record in records]
   batch = np.zeros((count, _SIZE, _SIZE, 3), np.uint8)
   view = np.ascontiguousarray(batch[0])
 

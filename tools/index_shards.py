@@ -6,22 +6,20 @@ SHARDS are folders, files, globs or brace ranges ('/data/{00000..00041}.tar'), o
 any store that fsspec opens. Each shard gets one small file, beside it or in --index_dir. A shard
 whose index is there is not read again, so the same command goes on after an interruption.
 
-Shards that are damaged, unreadable or without samples are named and left out. The manifest lists
-the others: as `data.source.path` of a config it makes a run start without looking for shards, with
-the number of samples that the summary tells. What the indexes hold must be what the config asks
-for: give --caption_key and --label_key as there.
+Shards that are damaged, unreadable, without samples or sorted by extension are named and left out.
+The manifest lists the others: as `data.source.path` of a config it makes a run start without
+looking for shards, with the number of samples that the summary tells. What the indexes hold must be
+what the config asks for: give --image_keys, --caption_key and --label_key as there.
 
-Prints one JSON line: {"examples", "shards", "bytes", "damaged", "manifest", "indexed", "seconds"};
-`damaged` counts the shards left out, `indexed` those that were read now. Exits 1 if no sample can
-be used, or with --strict if any shard was left out; 2 if an option is wrong.
+Prints one JSON line: {"examples", "with_image", "with_caption", "with_both", "repeated_keys",
+"strays", "shards", "bytes", "damaged", "manifest", "indexed", "seconds"}. Examples are keys with an
+image; of these `with_image` have one that holds a byte; `strays` are keys without, which do not
+count; `damaged` counts the shards left out, `indexed` those that were read now. Exits 1 if no
+sample can be used, also for want of captions where no --label_key is given, or with --strict if any
+shard was left out; 2 if an option is wrong.
 
-With --runner the indexes are made by an Apache Beam pipeline (pip install 'dpcap[beam]') on many
-machines; options that this program does not know are Beam's:
-
-    python -m tools.index_shards 'gs://bucket/{00000..41407}.tar' --index_dir=gs://bucket/index \\
-        --runner=DataflowRunner --project=... --region=...
-
-The workers need dpcap and an index_dir that they and this machine reach.
+On many machines, give each of them some of the shards and an --index_dir that all reach, then run
+the command once for all shards: it finds the indexes, and writes the manifest.
 """
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
@@ -40,8 +38,8 @@ from rich.console import Console
 
 from dpcap.data import tar_manifest
 from dpcap.data.byte_ranges import is_local
-from dpcap.data.tar_index import THREADS, Index, Wanted, find_shards, try_index_shard
-from dpcap.data.tar_shards import IMAGE_KEYS, make_wanted
+from dpcap.data.tar_index import THREADS, Counts, Index, Wanted, find_shards, total, try_index_shard
+from dpcap.data.tar_shards import IMAGE_KEYS, describe_counts, make_wanted
 from dpcap.errors import UserError
 
 _EXECUTORS = ('auto', 'processes', 'threads')
@@ -56,8 +54,8 @@ class _Parser(argparse.ArgumentParser):
     raise UserError(message)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """The checked options, and those for Beam.
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  """The checked options.
 
   Raises:
     UserError: naming the option, its value and what is allowed.
@@ -72,21 +70,20 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('shards', nargs='+', metavar='SHARDS', help='folders, files, globs or brace ranges')
   add('--index_dir', help='where indexes go, a path or URL; beside the shards if not given')
   add('--manifest', help='file to write; manifest.json in index_dir or beside the first shard')
-  add('--image_keys', default=','.join(IMAGE_KEYS), help='extensions of images')
+  add('--image_keys', help=f'extensions of images; {",".join(IMAGE_KEYS)} if not given')
   add('--caption_key', default='txt', help="extension of captions, or 'json:FIELD'")
   add('--label_key', help='field of the json whose values are collected as classes')
   add('--executor', default='auto', choices=_EXECUTORS, help='auto: processes for local shards')
   add('--workers', type=int, help=f'of those; one per core, or {THREADS} threads, if not given')
   add('--strict', action='store_true', help='exit 1 if any shard was left out')
-  add('--runner', help='of Apache Beam, such as DirectRunner; none: this machine, without Beam')
   options, others = parser.parse_known_args(argv)
-  if others and not options.runner:
-    raise UserError(f'{others[0]!r} is no option; further ones are allowed with --runner only')
+  if others:
+    raise UserError(f'{others[0]!r} is no option; see --help')
   if options.workers is not None and options.workers < 1:
     raise UserError(f'--workers={options.workers} must be 1 or more')
   if options.manifest and not options.manifest.endswith('.json'):
     raise UserError(f'--manifest={options.manifest} must end in .json')
-  return options, others
+  return options
 
 
 def run_here(
@@ -152,20 +149,22 @@ def manifest_file(options: argparse.Namespace, shards: list[str]) -> str:
   return f'{os.path.dirname(shards[0])}/manifest.json'
 
 
+def warn_of(samples: int, counts: Counts, wanted: Wanted) -> None:
+  """Says on the screen what is odd about the samples: what they lack, and what is no sample."""
+  few = 2 * counts.both < samples
+  if few or counts.strays or counts.repeated or counts.images < samples:
+    said = describe_counts(samples, counts, wanted)
+    print('WARNING, fewer than half can be used:' if few else 'note:', said, file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
   """Indexes what the options name; returns the exit status."""
   start = time.perf_counter()
   try:
-    options, beam_options = parse(argv)
-    label_key = options.label_key
-    wanted = make_wanted(tuple(options.image_keys.split(',')), options.caption_key, label_key)
+    options = parse(argv)
+    wanted = make_wanted(options.image_keys, options.caption_key, options.label_key)
     shards = find_shards(options.shards)
     manifest = manifest_file(options, shards)
-    if options.runner:
-      from tools.index_parts import beam_pipeline
-
-      beam_pipeline.run(shards, wanted, options.index_dir, options.runner, beam_options)
-    # After a pipeline, too: the indexes that it made are found, what failed there is told here.
     results = run_here(shards, wanted, options.index_dir, options.executor, options.workers)
     indexes = [index for _, index in sorted(show_progress(results, len(shards)))]
     tar_manifest.write(manifest, indexes, wanted)
@@ -181,8 +180,16 @@ def main(argv: list[str] | None = None) -> int:
     print(f'left out: {index.shard}: {index.problem}', file=sys.stderr)
   if len(damaged) > _NAMED:
     print(f'... and {len(damaged) - _NAMED} more; see {manifest}', file=sys.stderr)
+  examples, counts = sum(index.count for index in used), total(index.counts for index in used)
+  if used:
+    warn_of(examples, counts, wanted)
   summary = {
-    'examples': sum(index.count for index in used),
+    'examples': examples,
+    'with_image': counts.images,
+    'with_caption': counts.captions,
+    'with_both': counts.both,
+    'repeated_keys': counts.repeated,
+    'strays': counts.strays,
     'shards': len(used),
     'bytes': sum(index.size for index in used),
     'damaged': len(damaged),
@@ -191,7 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     'seconds': round(time.perf_counter() - start, 2),
   }
   print(json.dumps(summary))
-  return int(not used or (options.strict and bool(damaged)))
+  usable = counts.both or (options.label_key and counts.images)
+  return int(not usable or (options.strict and bool(damaged)))
 
 
 if __name__ == '__main__':

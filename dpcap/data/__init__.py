@@ -4,6 +4,7 @@ from dpcap.data.byte_ranges import StoreError
 from dpcap.data.catalogue import DATASETS, Dataset, find_dataset, readable
 from dpcap.data.contents import Contents, Relation, compare, compare_kinds, known_apart
 from dpcap.data.epochs import AugmentedBatches
+from dpcap.data.first_look import look_at
 from dpcap.data.image import normalize
 from dpcap.data.image_folder import ImageFolder, ImageList
 from dpcap.data.loading import WORKER_TIMEOUT_S, iterate
@@ -41,6 +42,7 @@ __all__ = [
   'SCENES_VOCABULARY',
   'Scenes',
   'Source',
+  'StoreError',
   'TOKENIZERS',
   'TarShards',
   'TfdsSource',
@@ -52,6 +54,7 @@ __all__ = [
   'find_dataset',
   'iterate',
   'known_apart',
+  'look_at',
   'make_source',
   'make_tokenizer',
   'normalize',

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import fsspec
 
+from dpcap.errors import UserError
+
 # The waits between six attempts add up to about 15 s: a store that restarts is back by then.
 ATTEMPTS = 6
 _FIRST_WAIT_S = 0.5
@@ -46,9 +48,21 @@ def is_local(url: str) -> bool:
   return fsspec.utils.get_protocol(url) in ('file', 'local')
 
 
+def find_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+  """The store that a path or URL names, and the path in it.
+
+  Raises:
+    UserError: the kind of store is unknown, or the package that opens it is not installed.
+  """
+  try:
+    return fsspec.core.url_to_fs(url)
+  except Exception as error:  # what packages of stores raise is no closed list
+    raise UserError(f'{url}: this kind of URL cannot be opened here ({error})') from error
+
+
 def real_place(url: str) -> str:
   """A local path without links, or a URL: the same for a file however it was named."""
-  fs, path = fsspec.core.url_to_fs(url)
+  fs, path = find_store(url)
   return os.path.realpath(path) if is_local(url) else fs.unstrip_protocol(path)
 
 
@@ -67,8 +81,8 @@ def read_file(url: str) -> bytes:
   Raises:
     StoreError: as `read`.
   """
-  fs, path = fsspec.core.url_to_fs(url)
-  return _try(lambda: fs.cat_file(path), url, 'its content')
+  fs, path = find_store(url)
+  return ask(lambda: fs.cat_file(path), url, 'its content')
 
 
 def describe(url: str) -> tuple[int, str]:
@@ -77,11 +91,37 @@ def describe(url: str) -> tuple[int, str]:
   Raises:
     StoreError: as `read`.
   """
-  fs, path = fsspec.core.url_to_fs(url)
-  info = _try(lambda: fs.info(path), url, 'its size')
+  fs, path = find_store(url)
+  info = ask(lambda: fs.info(path), url, 'its size')
   # File systems have no common name for the time of the last change.
   stamps = ('mtime', 'LastModified', 'updated', 'ETag', 'created')
   return info['size'], str(next((info[key] for key in stamps if key in info), None))
+
+
+def ask(fetch: Callable[[], Any], url: str, what: str) -> Any:
+  """What `fetch` returns, tried ATTEMPTS times.
+
+  Args:
+    fetch: asks a store.
+    url: what it asks about.
+    what: it wants to know.
+
+  Raises:
+    StoreError: it fails every time, or for a reason that another attempt does not remove.
+  """
+  for attempt in range(ATTEMPTS):
+    if attempt:
+      # Spread out, or the workers that failed together come back together.
+      time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.7, 1.3))
+    try:
+      return fetch()
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+      raise StoreError(error.errno or errno.EIO, f'{type(error).__name__}: {error}', url) from error
+    except MemoryError:
+      raise
+    except Exception as error:  # what stores raise is no closed list
+      reason = f'{type(error).__name__}: {error}'
+  raise StoreError(errno.EIO, f'{what} did not come in {ATTEMPTS} attempts, last: {reason}', url)
 
 
 def read_spans(spans: Sequence[Span]) -> Iterator[bytes]:
@@ -162,14 +202,14 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 def _open(url: str) -> Callable[[int, int], bytes]:
   if is_local(url):
     return _LocalFile(url).read
-  return functools.partial(_read_remote, *fsspec.core.url_to_fs(url), url)
+  return functools.partial(_read_remote, *find_store(url), url)
 
 
 class _LocalFile:
   """An open file, closed when nobody holds it any more."""
 
   def __init__(self, url: str):
-    self._path, self._descriptor = fsspec.core.url_to_fs(url)[1], -1
+    self._path, self._descriptor = find_store(url)[1], -1
     try:
       self._descriptor = os.open(self._path, os.O_RDONLY)
     except OSError as error:
@@ -196,28 +236,7 @@ def _read_remote(fs: fsspec.AbstractFileSystem, path: str, url: str, start: int,
       raise OSError(f'{len(data)} bytes came')
     return data
 
-  return _try(fetch, url, f'bytes {start} to {stop}')
-
-
-def _try(fetch: Callable[[], Any], url: str, what: str) -> Any:
-  """What `fetch` returns, tried ATTEMPTS times.
-
-  Raises:
-    StoreError: it fails every time, or for a reason that another attempt does not remove.
-  """
-  for attempt in range(ATTEMPTS):
-    if attempt:
-      # Spread out, or the workers that failed together come back together.
-      time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.7, 1.3))
-    try:
-      return fetch()
-    except (FileNotFoundError, PermissionError) as error:
-      raise StoreError(error.errno or errno.EIO, f'{type(error).__name__}: {error}', url) from error
-    except MemoryError:
-      raise
-    except Exception as error:  # what stores raise is no closed list
-      reason = f'{type(error).__name__}: {error}'
-  raise StoreError(errno.EIO, f'{what} did not come in {ATTEMPTS} attempts, last: {reason}', url)
+  return ask(fetch, url, f'bytes {start} to {stop}')
 
 
 class _Blocks:

@@ -7,9 +7,10 @@ the antialiased one that torchvision and timm, and so the reference recipe, use.
 import contextlib
 import io
 import math
+import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dpcap.data.source import BadRecord
 
@@ -20,14 +21,25 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 MAX_PIXELS = 2**26
 
 # Pillow would try some forty formats on hostile bytes, among them EPS, which runs Ghostscript.
-_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')
+_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF')
+
+_END_OF_JPEG = b'\xff\xd9'
+# No marker among them, nor a run of zeros: as frequencies they are noise.
+_OTHER_BITS = bytes(range(1, 128))
+_PNG = b'\x89PNG\r\n\x1a\n'
+# Parts of a PNG that do not bear on its pixels here: texts and the colour profile.
+_NOTES = (b'tEXt', b'zTXt', b'iTXt', b'iCCP')
+
+# Pillow warns of damage in what is not used here, such as EXIF, and of sizes, which are checked.
+warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 def open_image(image: bytes | np.ndarray) -> Image.Image:
   """Reads the header of an image file; its pixels are decoded when they are needed.
 
   Args:
-    image: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file, or uint8 of shape (H, W, 3).
+    image: the bytes of a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file, or uint8 of shape (H, W, 3).
+      Blanks and line ends before them, as some programs leave, are passed over.
 
   Returns:
     A Pillow image of its true size and any mode, for `decode` or one of the views below.
@@ -40,7 +52,7 @@ def open_image(image: bytes | np.ndarray) -> Image.Image:
       raise BadRecord(f'image array is {image.dtype} {image.shape}, expected uint8 (H, W, 3)')
     return Image.fromarray(image)
   with _bad_record_if_damaged():
-    opened = Image.open(io.BytesIO(image), formats=_FORMATS)
+    opened = Image.open(io.BytesIO(_without_notes(image.lstrip())), formats=_FORMATS)
     width, height = opened.size
   if not 0 < width * height <= MAX_PIXELS:
     raise BadRecord(f'image is {width} x {height}, more than {MAX_PIXELS} pixels or none')
@@ -51,7 +63,8 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
   """Decodes an image file into RGB.
 
   Of an animation it takes the first frame; transparent pixels become white; 16 bits a channel are
-  scaled to 8; EXIF orientation is ignored, as in torchvision.
+  scaled to 8, wider numbers, whose range nobody tells, are refused; EXIF orientation and colour
+  profiles are ignored, as in torchvision. A JPEG may lack its end marker.
 
   Args:
     image: as `open_image` takes it.
@@ -65,21 +78,53 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
   return _load(open_image(image), 1)[0]
 
 
+def _without_notes(image: bytes) -> bytes:
+  """The image; a PNG without its texts and profile, which Pillow refuses from 1 MB on."""
+  if not image.startswith(_PNG):
+    return image
+  kept, start, at = [], 0, len(_PNG)
+  while at + 12 <= len(image):
+    stop = at + 12 + int.from_bytes(image[at : at + 4])
+    if image[at + 4 : at + 8] in _NOTES and stop <= len(image):
+      kept.append(image[start:at])
+      start = stop
+    at = stop
+  return b''.join((*kept, image[start:])) if kept else image
+
+
 def _load(image: Image.Image, reduction: int) -> tuple[Image.Image, int]:
   """An opened image in RGB, and by what its sides were divided: at most `reduction`.
 
   A JPEG is made of 8 x 8 blocks of frequencies, of which the decoder can take the low ones alone:
   that gives the image at 1/2, 1/4 or 1/8 of its sides for less work. Other formats stay whole.
   """
-  scale = 1
   with _bad_record_if_damaged():
-    if reduction >= 2:
-      power = min(8, 1 << (reduction.bit_length() - 1))
-      full = image.width
-      drafted = image.draft(None, (image.width // power, image.height // power))
-      scale = round(full / drafted[1][2]) if drafted else 1
-    image.load()
-    return _to_rgb(image), scale
+    try:
+      return _load_whole(image, reduction)
+    except OSError:
+      if image.format != 'JPEG':
+        raise
+      # Where only the end marker is missing, what follows the data makes no pixel.
+      data = image.fp.getvalue()
+      ends = (_END_OF_JPEG, _OTHER_BITS + _END_OF_JPEG)
+      (rgb, scale), (other, _) = (
+        _load_whole(Image.open(io.BytesIO(data + end), formats=('JPEG',)), reduction)
+        for end in ends
+      )
+      if rgb.tobytes() != other.tobytes():
+        raise
+      return rgb, scale
+
+
+def _load_whole(image: Image.Image, reduction: int) -> tuple[Image.Image, int]:
+  scale = 1
+  if reduction >= 2:
+    power = min(8, 1 << (reduction.bit_length() - 1))
+    full = image.width
+    drafted = image.draft(None, (image.width // power, image.height // power))
+    scale = round(full / drafted[1][2]) if drafted else 1
+  image.load()
+  return _to_rgb(image), scale
 
 
 @contextlib.contextmanager
@@ -88,16 +133,18 @@ def _bad_record_if_damaged():
     yield
   except (BadRecord, MemoryError):
     raise
+  except UnidentifiedImageError as error:
+    raise BadRecord(f'not an image of a known format ({", ".join(_FORMATS)})') from error
   except Exception as error:  # what Pillow raises on damaged files is no closed list
     raise BadRecord(f'image cannot be decoded: {type(error).__name__}: {error}') from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  if image.mode.startswith('I'):  # I;16 and kin; Pillow's own conversion clips at 255
+  if image.mode in ('I', 'F'):
+    raise BadRecord(f'image holds numbers of 32 bits, of unknown range (mode {image.mode})')
+  if image.mode.startswith('I;16'):  # Pillow's own conversion clips at 255
     grey = np.asarray(image, np.float32) / 257
     return Image.fromarray(np.clip(grey + 0.5, 0, 255).astype(np.uint8)).convert('RGB')
-  if image.mode == 'F':
-    raise BadRecord('image holds floats of unknown range')
   if image.has_transparency_data:
     white = Image.new('RGBA', image.size, 'white')
     white.alpha_composite(image.convert('RGBA'))

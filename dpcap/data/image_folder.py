@@ -10,7 +10,7 @@ from dpcap.data.contents import ImageFiles, read_image_ids
 from dpcap.data.source import BadRecord, Record
 from dpcap.errors import UserError
 
-_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm')
+_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
 _FILES_PER_PART = 1024
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpcap.data import guarded
 from dpcap.data import image as image_ops
-from dpcap.data.source import BadRecord, Source, check_caption, read_each
+from dpcap.data.source import BadRecord, Record, Source, choose_caption, read_each
 from dpcap.data.text import Tokenizer
 
 # Bad records whose reason a chunk carries along; the count is always whole.
@@ -75,13 +75,19 @@ class Transform:
   crop_scale: tuple[float, float] | None = None
   flip: bool = False
 
-  def __call__(self, record, rng: np.random.Generator) -> Examples:
+  def __call__(self, record: Record, rng: np.random.Generator | None) -> Examples:
     """One example, without leading axes.
+
+    Args:
+      record: of a source.
+      rng: draws the crop, the flip and, of several captions, one; None: no augmentation, and the
+        first caption.
 
     Raises:
       BadRecord: if the image cannot be decoded, or there is no usable caption.
     """
-    tokens = self.tokenizer.encode(check_caption(record['caption']), self.text_length)
+    caption = choose_caption(record['caption'], rng)
+    tokens = self.tokenizer.encode(caption, self.text_length)
     return Examples(self.view(record['image'], rng), tokens)
 
   def view(self, image: bytes | np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:

@@ -7,8 +7,9 @@ raises `BadRecord` when it is read instead of leaving the count.
 """
 
 import codecs
+import json
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Record(TypedDict):
   """One image-text pair as it lies in the source, nothing decoded or checked yet."""
 
   image: bytes | np.ndarray  # an encoded image file, or uint8 of shape (H, W, 3)
-  caption: str | bytes | None
+  caption: str | bytes | list | None  # of a list one counts, see choose_caption
   label: int  # an index into the source's class_names; -1: none
 
 
@@ -76,8 +77,59 @@ def read_each(source: Source, indices: Sequence[int]) -> Iterator[Record | BadRe
       yield bad
 
 
+def parse_fields(data: bytes | None) -> dict[str, Any]:
+  """The fields of a record's JSON object; none where there is no JSON.
+
+  Raises:
+    BadRecord: it is damaged, nested too deeply, or no object.
+  """
+  try:
+    fields = json.loads(data) if data else {}
+  except (ValueError, RecursionError) as error:
+    raise BadRecord(f'json member is damaged: {error}') from error
+  if not isinstance(fields, dict):
+    raise BadRecord(f'json member is a {type(fields).__name__}, not an object')
+  return fields
+
+
+def check_label(label: Any) -> str | int | float | None:
+  """Returns the label, as it stands in a record's JSON, if it is one.
+
+  Raises:
+    BadRecord: it is a list or an object.
+  """
+  if label is not None and not isinstance(label, (str, int, float)):
+    raise BadRecord(f'label is a {type(label).__name__}, not a name or a number')
+  return label
+
+
+def choose_caption(
+  caption: str | bytes | list | None, rng: np.random.Generator | None = None
+) -> str:
+  """The caption of a record, of several one, as `check_caption` returns it.
+
+  A list is one caption drawn at random, each with the same probability, so that training sees all
+  of them and the pair still is one record. Nothing is drawn where there is no choice.
+
+  Args:
+    caption: as the record has it.
+    rng: what draws; None: the first of a list.
+
+  Raises:
+    BadRecord: as `check_caption`, of the one that was drawn.
+  """
+  if isinstance(caption, list):
+    if len(caption) < 2 or rng is None:
+      caption = caption[0] if caption else None
+    else:
+      caption = caption[int(rng.integers(len(caption)))]
+  return check_caption(caption)
+
+
 def check_caption(caption: str | bytes | None) -> str:
   """Returns the caption as a stripped string of at most `MAX_CAPTION_CHARS` characters.
+
+  A byte-order mark at its beginning, which some editors write, is left out.
 
   Raises:
     BadRecord: there is no caption, it is blank, or it is not UTF-8.
@@ -91,7 +143,7 @@ def check_caption(caption: str | bytes | None) -> str:
       caption = codecs.getincrementaldecoder('utf-8')().decode(cut, final=len(cut) == len(caption))
     elif not isinstance(caption, str):
       raise BadRecord(f'caption is {type(caption).__name__}, not text')
-    caption = caption[:MAX_CAPTION_CHARS].strip()
+    caption = caption[:MAX_CAPTION_CHARS].removeprefix('\ufeff').strip()
     caption.encode('utf-8')  # JSON can smuggle in lone surrogates
   except UnicodeError as error:
     raise BadRecord(f'caption is not UTF-8: {error.reason}') from error

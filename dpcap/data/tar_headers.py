@@ -17,9 +17,10 @@ _ZEROS_AHEAD = 2**20
 # Names and extended headers are kilobytes; more is damage that reads as a length.
 _MAX_EXTENDED = 2**20
 
-_REGULAR, _OLD_REGULAR, _CONTIGUOUS = b'0\x007'
+_REGULAR, _OLD_REGULAR, _CONTIGUOUS, _HARD_LINK = b'0\x0071'
 _SPARSE, _LONG_NAME, _LONG_LINK, _GLOBAL = b'SLKg'
 _PAX = b'xX'  # POSIX; Solaris
+_EXTENDED = frozenset((*_PAX, _LONG_NAME, _LONG_LINK, _GLOBAL))
 # Links, devices, directories and pipes: a size in their header is not followed by data.
 _WITHOUT_DATA = b'123456'
 
@@ -34,7 +35,9 @@ def iterate_files(
   """Yields (name, offset of its data, size) of every regular file, in order, offsets in bytes.
 
   Goes on behind the end marker of an archive, so that archives put one behind the other are read
-  to the end, as `tarfile` does with ignore_zeros. Links, directories and devices are passed over.
+  to the end, as `tarfile` does with ignore_zeros. A hard link, which GNU tar makes of the second
+  name of a file, is the file that it names, and empty where none before it has that name. Symbolic
+  links, directories and devices are passed over.
 
   Args:
     read: (start, stop) -> these bytes of the archive.
@@ -44,21 +47,23 @@ def iterate_files(
     TarDamage: a header is damaged, the archive ends too early, or a member is sparse.
   """
   position, base, buffer = 0, 0, b''
-  next_name, next_size = None, None  # what extended headers say of the member that follows
+  # What extended headers say of the member that follows.
+  next_name = next_size = next_target = None
+  files = None  # the place of every file so far, by name, once there is a link
   while position < archive_size:
     at = position - base
     if at + BLOCK > len(buffer):
       base, at = position, 0
       buffer = read(position, min(position + _AHEAD, archive_size))
     header = buffer[at : at + BLOCK]
-    if not header.strip(b'\0'):
+    if not header[0] and not header.strip(b'\0'):
       position = _skip_zeros(read, position, archive_size)
       continue
     if len(header) < BLOCK:
       raise TarDamage(f'truncated: its {archive_size} bytes end inside a header')
     _check_sum(header, position)
     kind = header[156]
-    extended = kind in _PAX or kind in (_LONG_NAME, _LONG_LINK, _GLOBAL)
+    extended = kind in _EXTENDED
     size = _number(header[124:136], position)
     if next_size is not None and not extended:
       size = next_size
@@ -87,15 +92,28 @@ def iterate_files(
       # Where several name the member, the first does, as in tarfile.
       if kind == _LONG_NAME:
         next_name = next_name or _text(content)
+      elif kind == _LONG_LINK:
+        next_target = next_target or _text(content)
       elif kind in _PAX:
-        pax_name, next_size = _read_pax(content, data)
-        next_name = next_name or pax_name
-      elif kind == _GLOBAL and _read_pax(content, data) != (None, None):
+        pax_name, next_size, pax_target = _read_pax(content, data)
+        next_name, next_target = next_name or pax_name, next_target or pax_target
+      elif kind == _GLOBAL and set(_read_pax(content, data)) != {None}:
         raise TarDamage(f'global pax header at byte {data} names a path or size: not supported')
       continue
-    next_name = next_size = None
-    if kind == _REGULAR or kind == _CONTIGUOUS or kind == _OLD_REGULAR and name[-1:] != '/':
-      yield name, data, size
+    target, next_name, next_size, next_target = next_target, None, None, None
+    if kind == _HARD_LINK:
+      if files is None:
+        # Few archives have links: only there the headers before the first are read once more.
+        before = data - BLOCK
+        files = {file: place for file, *place in iterate_files(read, before)}
+      data, size = files.get(_text(header[157:257]) if target is None else target, (data, 0))
+    elif not (
+      kind == _REGULAR or kind == _CONTIGUOUS or kind == _OLD_REGULAR and name[-1:] != '/'
+    ):
+      continue
+    if files is not None:
+      files[name] = data, size
+    yield name, data, size
 
 
 def _skip_zeros(read, position: int, archive_size: int) -> int:
@@ -140,11 +158,11 @@ def _text(field: bytes) -> str:
   return field.partition(b'\0')[0].decode('utf-8', 'surrogateescape')
 
 
-def _read_pax(content: bytes, start: int) -> tuple[str | None, int | None]:
-  """The path and the size in the records of a pax header, None where it does not name them."""
-  name = size = None
+def _read_pax(content: bytes, start: int) -> tuple[str | None, int | None, str | None]:
+  """Path, size and linkpath in the records of a pax header, None where it does not name them."""
+  name = size = target = None
   if b'path=' not in content and b'size=' not in content and b'GNU.sparse' not in content:
-    return name, size  # times and owners, the usual case
+    return name, size, target  # times and owners, the usual case
   at = 0
   while at < len(content) and content[at]:
     digits, space, _ = content[at : at + 20].partition(b' ')
@@ -155,6 +173,8 @@ def _read_pax(content: bytes, start: int) -> tuple[str | None, int | None]:
       raise TarDamage(f'damaged at byte {start + at}: no valid pax record')
     if key == b'path':
       name = value.decode('utf-8', 'surrogateescape')
+    elif key == b'linkpath':
+      target = value.decode('utf-8', 'surrogateescape')
     elif key == b'size':
       if not value.isdigit():
         raise TarDamage(f'damaged at byte {start + at}: no valid pax record')
@@ -162,4 +182,4 @@ def _read_pax(content: bytes, start: int) -> tuple[str | None, int | None]:
     elif key.startswith(b'GNU.sparse'):
       raise TarDamage(f'member at byte {start} is sparse, which is not supported')
     at += length
-  return name, size
+  return name, size, target

@@ -7,12 +7,13 @@ what was left out stays left out, and a shard that changed is refused.
 import concurrent.futures
 import json
 from collections.abc import Sequence
+from typing import Any
 
-from dpcap.data.byte_ranges import StoreError, read_file
-from dpcap.data.tar_index import THREADS, Index, Wanted, state_of, write_whole
+from dpcap.data.byte_ranges import StoreError, describe, read_file
+from dpcap.data.tar_index import THREADS, Counts, Index, Wanted, state_of, write_whole
 from dpcap.errors import UserError
 
-_FORMAT = 'dpcap tar manifest 2'
+_FORMAT = 'dpcap tar manifest 3'
 
 
 def write(file: str, indexes: Sequence[Index], wanted: Wanted) -> None:
@@ -32,28 +33,40 @@ def write(file: str, indexes: Sequence[Index], wanted: Wanted) -> None:
     'examples': sum(index.count for index in used),
     'bytes': sum(index.size for index in used),
     'wanted': wanted._asdict(),
-    'shards': [index._replace(new=False)._asdict() for index in used],
+    'shards': [_as_json(index) for index in used],
     'left_out': {index.shard: index.problem for index in indexes if not index.count},
   }
   write_whole(file, (json.dumps(content, indent=1) + '\n').encode())
+
+
+def _as_json(index: Index) -> dict[str, Any]:
+  return index._replace(new=False, counts=index.counts._asdict())._asdict()
+
+
+def _from_json(entry: dict[str, Any]) -> Index:
+  return Index(**entry | {'labels': tuple(entry['labels']), 'counts': Counts(**entry['counts'])})
 
 
 def read(file: str, wanted: Wanted) -> list[Index]:
   """The indexes of the shards that a manifest lists, which are as they were when it was written.
 
   Raises:
-    UserError: the file is no manifest, is of other members, or a shard changed since.
-    StoreError: it, or a shard, cannot be read.
+    UserError: the file is no manifest, is of other members, counts other examples than its shards,
+      or a shard changed or an index went since.
+    StoreError: a shard cannot be read.
   """
   try:
     content = json.loads(read_file(file))
     if content['format'] != _FORMAT:
       raise ValueError(f'format {content["format"]!r}')
-    indexes = [Index(**entry | {'labels': tuple(entry['labels'])}) for entry in content['shards']]
+    indexes = [_from_json(entry) for entry in content['shards']]
+    counted = sum(index.count for index in indexes)
+    if counted != content['examples']:
+      raise ValueError(f'it says {content["examples"]} examples, its shards have {counted}')
     held = Wanted(**content['wanted'] | {'image_keys': tuple(content['wanted']['image_keys'])})
   except StoreError as error:
     raise UserError(f'data path {file}: cannot be read ({error.strerror})') from error
-  except (ValueError, LookupError, TypeError) as error:
+  except (ValueError, LookupError, TypeError, RecursionError) as error:
     raise UserError(
       f'data path {file}: not a manifest of tar shards ({error}); expected one that'
       ' tools.index_shards wrote'
@@ -66,11 +79,18 @@ def read(file: str, wanted: Wanted) -> list[Index]:
         ' make one with tools.index_shards'
       )
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    states = pool.map(lambda index: state_of(index.shard, held)[1], indexes)
-    for index, state in zip(indexes, states):
-      if state != index.state:
-        raise UserError(
-          f'data path {file}: shard {index.shard} changed after this manifest was written; run'
-          ' tools.index_shards again'
-        )
+    for problem in pool.map(lambda index: _problem(index, held), indexes):
+      if problem:
+        raise UserError(f'data path {file}: {problem}; run tools.index_shards again')
   return indexes
+
+
+def _problem(index: Index, held: Wanted) -> str:
+  """'', or what is no longer as the manifest says."""
+  if state_of(index.shard, held)[1] != index.state:
+    return f'shard {index.shard} changed after this manifest was written'
+  try:
+    describe(index.file)
+  except StoreError as error:
+    return f'the index {index.file} of shard {index.shard} cannot be read ({error.strerror})'
+  return ''

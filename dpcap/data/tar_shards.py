@@ -1,9 +1,9 @@
 """Image-text pairs in tar shards, as img2dataset writes them and webdataset reads them.
 
 A shard holds members KEY.EXT, and consecutive members of the same KEY are one sample: 000123.jpg,
-000123.txt, 000123.json. A tar can only be read from its start, so each shard gets an index of byte
-offsets (`tar_index`); after that any record is one ranged read, from a local disk or any fsspec
-URL.
+000123.txt, 000123.json. Its image makes it one; what else lies in a shard is not counted. A tar can
+only be read from its start, so each shard gets an index of byte offsets (`tar_index`); after that
+any record is one ranged read, from a local disk or any fsspec URL.
 """
 
 import bisect
@@ -21,53 +21,59 @@ from absl import logging
 from dpcap.data import tar_manifest
 from dpcap.data.byte_ranges import Span, forget_open_files, read_spans, real_place
 from dpcap.data.contents import ImageFiles
-from dpcap.data.source import BadRecord, Record
+from dpcap.data.source import BadRecord, Record, check_label, parse_fields
 from dpcap.data.tar_headers import BLOCK
 from dpcap.data.tar_index import (
   THREADS,
+  Counts,
   Wanted,
   find_shards,
   index_shard,
   load_image_ids,
   load_table,
+  total,
 )
 from dpcap.errors import UserError
 
 # What img2dataset and webdataset shards hold.
-IMAGE_KEYS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff')
+IMAGE_KEYS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'avif')
 
 
-def make_wanted(image_keys: Sequence[str], caption_key: str, label_key: str | None) -> Wanted:
+def make_wanted(image_keys: str | None, caption_key: str, label_key: str | None) -> Wanted:
   """What the indexes of a source must hold, from its arguments.
 
   Args:
-    image_keys: extensions of image members.
+    image_keys: extensions of image members, parted by commas; None: IMAGE_KEYS.
     caption_key: an extension, or 'json:FIELD'.
     label_key: field of the json whose values are collected, or None.
 
   Raises:
-    UserError: caption_key is neither.
+    UserError: caption_key is neither, or an extension of image_keys is empty.
   """
+  images = IMAGE_KEYS if image_keys is None else tuple(image_keys.lower().split(','))
+  if not all(images):
+    raise UserError(f"image_keys is {image_keys!r}; expected extensions, such as 'jpg,png'")
   prefix, _, field = caption_key.partition(':')
   if field and prefix != 'json':
     raise UserError(f"caption_key is {caption_key!r}; expected an extension or 'json:FIELD'")
-  return Wanted(tuple(image_keys), '' if field else caption_key, label_key)
+  return Wanted(images, '' if field else caption_key.lower(), label_key)
 
 
 class TarShards:
   """A source over the samples of many tar shards; see `dpcap.data.source.Source`.
 
-  The number of samples is fixed here and counts everything that lies in the shards, also samples
-  without an image or a caption: these turn out bad when they are drawn. A shard that is damaged,
-  empty or no tar is left out as a whole, with a warning.
+  The number of samples is fixed here and counts every image that lies in the shards, also those
+  without a caption: these turn out bad when they are drawn. A shard that is damaged, empty, no tar,
+  or whose samples lie in pieces is left out as a whole, with a warning.
 
   Args:
     path: a folder of *.tar, one file, a glob pattern, a brace range such as
       'gs://bucket/{00000..00041}.tar', or a list of these; local, or any URL that fsspec opens. Or
       the manifest (*.json) that tools/index_shards wrote: then nothing is indexed here, and the
       shards are those that were whole when it was written.
-    image_keys: extensions of image members.
-    caption_key: extension of the caption member, or 'json:FIELD' for a field of the json member.
+    image_keys: extensions of image members, parted by commas; None: IMAGE_KEYS.
+    caption_key: extension of the caption member, or 'json:FIELD' for a field of the json member,
+      which may be a list of captions.
     label_key: field of the json member that names the class, if there are labels.
     class_names: the classes in the order of their ids. None: all names found, sorted (whole
       numbers as numbers), which reads every json member the first time. An integer label is an
@@ -77,6 +83,7 @@ class TarShards:
   Attributes:
     class_names: tuple of names, empty without `label_key`.
     fingerprint: of names, sizes and times of all shards in use.
+    about: what the indexes counted, for people.
 
   Raises:
     UserError: no shard matches, a named shard is missing, no shard holds a sample, the index
@@ -87,7 +94,7 @@ class TarShards:
   def __init__(
     self,
     path: str | os.PathLike | Sequence[str | os.PathLike],
-    image_keys: Sequence[str] = IMAGE_KEYS,
+    image_keys: str | None = None,
     caption_key: str = 'txt',
     label_key: str | None = None,
     class_names: Sequence[str] | None = None,
@@ -108,16 +115,20 @@ class TarShards:
       shards = find_shards(path)
       with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         indexes = list(pool.map(lambda shard: index_shard(shard, wanted, index_dir), shards))
+    used = [index for index in indexes if index.count]
+    if not used:
+      first = ''.join(f'; {index.shard}: {index.problem}' for index in indexes[:1])
+      raise UserError(
+        f'data path {path}: {len(indexes)} shard(s) found, but none holds a sample that can be'
+        f' read{first}'
+      )
     for index in indexes:
       if index.problem:
         logging.warning('%s: shard left out: %s', index.shard, index.problem)
-    used = [index for index in indexes if index.count]
-    if not used:
-      raise UserError(
-        f'data path {path}: {len(indexes)} shard(s) found, but none holds a sample;'
-        f' expected tar files with members KEY.{image_keys[0]} and'
-        f' KEY.{wanted.caption_key or "json"}'
-      )
+    counts = total(index.counts for index in used)
+    self.about = describe_counts(sum(index.count for index in used), counts, wanted)
+    if counts.strays or counts.repeated or counts.images < sum(index.count for index in used):
+      logging.warning('data path %s: %s', path, self.about)
     self._shards = [index.shard for index in used]
     self._indexes = [(index.file, index.state) for index in used]
     self._ends = list(itertools.accumulate(index.count for index in used))
@@ -191,7 +202,7 @@ class TarShards:
 
   def _record(self, image, caption, fields_json) -> Record | BadRecord:
     try:
-      fields = _parse_json(fields_json)
+      fields = parse_fields(fields_json)
       if self._caption_field:
         caption = fields.get(self._caption_field)
       return Record(image=image or b'', caption=caption, label=self._label(fields))
@@ -199,7 +210,7 @@ class TarShards:
       return bad
 
   def _label(self, fields: dict[str, Any]) -> int:
-    value = fields.get(self._label_key)
+    value = check_label(fields.get(self._label_key))
     if value is None:
       return -1
     if isinstance(value, int) and self._integer_is_id and 0 <= value < len(self.class_names):
@@ -209,11 +220,13 @@ class TarShards:
     return self._label_ids[str(value)]
 
 
-def _parse_json(data: bytes | None) -> dict[str, Any]:
-  try:
-    fields = json.loads(data) if data else {}
-  except ValueError as error:
-    raise BadRecord(f'json member is damaged: {error}') from error
-  if not isinstance(fields, dict):
-    raise BadRecord(f'json member is a {type(fields).__name__}, not an object')
-  return fields
+def describe_counts(samples: int, counts: Counts, wanted: Wanted) -> str:
+  """What indexes counted, for people."""
+  caption = f'KEY.{wanted.caption_key or "json"}'
+  said = f'N = {samples:,} samples: {counts.images:,} with an image that holds anything,'
+  said += f' {counts.captions:,} with {caption}, {counts.both:,} with both'
+  if counts.repeated:
+    said += f'; {counts.repeated:,} have the key of another one'
+  if counts.strays:
+    said += f'; {counts.strays:,} keys without an image (strays) do not count'
+  return f'{said}; extensions there: {counts.listed_extensions()}'

@@ -92,7 +92,7 @@ class WordPieceTokenizer:
 
   def __init__(self, vocab_file: str):
     try:
-      with open(vocab_file, encoding='utf-8', newline='\n') as file:
+      with open(vocab_file, encoding='utf-8-sig', newline='\n') as file:
         lines = [line.rstrip('\r\n') for line in file]
     except (OSError, UnicodeError) as error:
       raise UserError(

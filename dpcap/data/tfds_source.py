@@ -4,9 +4,11 @@ No TensorFlow: TFDS only finds the files and says what the features are; the rec
 array_record and parsed as the protocol buffers that they are, images left encoded.
 """
 
+import concurrent.futures
 import hashlib
 
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
@@ -14,6 +16,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dpcap.data.contents import PreparedRecords
 from dpcap.data.source import BadRecord, Record
 from dpcap.errors import UserError
+
+# Storage sets the pace where files are opened.
+_THREADS = 32
 
 
 class TfdsSource:
@@ -24,8 +29,8 @@ class TfdsSource:
     split: a TFDS split such as 'train' or 'train[:10%]'.
     data_dir: where data sets were prepared. None: TFDS's own default, ~/tensorflow_datasets.
     image_key: the image feature; nested ones are joined by '/'.
-    caption_key: a text feature, or a sequence of texts of which the first is taken, such as
-      'captions/text'.
+    caption_key: a text feature, or a sequence of texts, such as 'captions/text': of several
+      captions training draws one for each step, evaluations take the first.
     label_key: the class label feature; None or a data set without it: label -1.
     caption_template: makes captions of class names instead, for example 'a photo of a {}'.
 
@@ -34,8 +39,9 @@ class TfdsSource:
     fingerprint: of data set, version, split and feature keys, and sizes and times of its files.
 
   Raises:
-    UserError: the data set is not prepared, not as array_record or not completely; the split or
-      a feature is unknown or of another kind.
+    UserError: the data set is not prepared, not as array_record or not completely; a file is
+      damaged or holds not as many records as the data set says; the split or a feature is unknown
+      or of another kind.
   """
 
   def __init__(
@@ -113,8 +119,7 @@ class TfdsSource:
     elif self._caption_key is not None:
       # A sequence is stored flat under its own key, a sequence of sequences under a longer one.
       nested = feature[f'{self._caption_key}/ragged_flat_values']
-      texts = feature[self._caption_key].bytes_list.value or nested.bytes_list.value
-      caption = texts[0] if texts else None
+      caption = list(feature[self._caption_key].bytes_list.value or nested.bytes_list.value)
     return Record(image=feature[self._image_key].bytes_list.value[0], caption=caption, label=label)
 
 
@@ -164,8 +169,28 @@ def _open(builder, name: str, split: str):
       f'TFDS data set {name!r}: {len(missing)} of {len(instructions)} files missing,'
       f' first {missing[0]}'
     )
+  # N is what the data set says of itself: it has to be true.
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    for instruction, found in zip(instructions, pool.map(_count_records, instructions)):
+      if found != instruction.examples_in_shard:
+        raise UserError(
+          f'TFDS data set {name!r}: {instruction.filename} holds {found}, but dataset_info.json'
+          f' says {instruction.examples_in_shard:,} records; copy or prepare the data set again'
+        )
   states = [(i.basename(), present[i.basename()].stat()) for i in instructions]
   return source.data_source, [(name, state.length, state.mtime) for name, state in states]
+
+
+def _count_records(instruction) -> int | str:
+  """The number of records in a file, or what is wrong with it."""
+  try:
+    reader = array_record_module.ArrayRecordReader(instruction.filename)
+    try:
+      return reader.num_records() if reader.ok() else 'nothing that can be read (damaged or cut)'
+    finally:
+      reader.close()
+  except (RuntimeError, ValueError) as error:
+    return f'nothing that can be read ({str(error).partition(chr(10))[0]})'
 
 
 def _contents(builder, split: str) -> PreparedRecords:

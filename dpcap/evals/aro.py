@@ -51,11 +51,21 @@ class Case(NamedTuple):
 
 
 class CaseBatch(NamedTuple):
-  """Images uint8 (B, H, W, 3), tokens int32 (B, K, L), groups; '' where a case is left out."""
+  """A batch of cases.
+
+  Attributes:
+    images: uint8 (B, H, W, 3).
+    tokens: int32 (B, K, L).
+    groups: (B); '' where a case is left out.
+    cut: bool (B), whether the true caption is longer than L tokens.
+    alike: bool (B), left out because what tells a false caption from the true one was cut off.
+  """
 
   images: np.ndarray
   tokens: np.ndarray
   groups: list[str]
+  cut: np.ndarray
+  alike: np.ndarray
 
 
 def evaluate_scenes(subject: Subject, *, source, test: str, batch_size: int) -> Result:
@@ -152,8 +162,8 @@ def read_captions(path: str) -> list[tuple[str, str]]:
 
 def _read_list(path: str) -> list:
   try:
-    entries = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except (OSError, ValueError) as e:
+    entries = json.loads(pathlib.Path(path).read_bytes())
+  except (OSError, ValueError, RecursionError) as e:
     raise UserError(f'annotations {path}: cannot be read ({e})') from e
   if not isinstance(entries, list) or not entries:
     raise UserError(f'annotations {path}: expected a list of cases that is not empty')
@@ -346,6 +356,7 @@ class _Batches:
     images = np.zeros((self.batch_size, size, size, 3), np.uint8)
     tokens = np.zeros((self.batch_size, self.choices, length), np.int32)
     groups = [''] * self.batch_size
+    cut, alike = np.zeros((2, self.batch_size), bool)
     first = int(element) * self.batch_size
     for i in range(min(self.batch_size, len(self.cases) - first)):
       try:
@@ -354,17 +365,22 @@ class _Batches:
       except BadRecord:
         continue
       tokens[i] = [self.transform.tokenizer.encode(text, length) for text in case.captions]
-      # What differs may have been cut off.
-      if not (tokens[i, 1:] == tokens[i, 0]).all(axis=1).any():
+      # One token more is [PAD] where the caption fits.
+      more = self.transform.tokenizer.encode(case.captions[0], length + 1)
+      cut[i] = more[-1] != self.transform.tokenizer.pad_id
+      alike[i] = (tokens[i, 1:] == tokens[i, 0]).all(axis=1).any()
+      if not alike[i]:
         groups[i] = case.group
-    return CaseBatch(images, tokens, groups)
+    return CaseBatch(images, tokens, groups, cut, alike)
 
 
 def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) -> Result:
   """Accuracy over all cases that can be asked, with its interval, the chance level, and by group.
 
   `mean_over_groups` is ARO's figure: the mean of the groups' accuracies, of those groups that
-  have the fewest cases that count. A tie with a false caption counts as wrong.
+  have the fewest cases that count. A tie with a false caption counts as wrong. `left_out` are all
+  cases that cannot be asked, `left_out_for_length` those whose captions are alike once text_length
+  has cut them, `true_captions_cut` the asked ones whose true caption is; `note` says so in words.
 
   Raises:
     UserError: if there is no case.
@@ -379,10 +395,12 @@ def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) 
     spread = functools.partial(batches_lib.spread, size=batch_size)
     losses_BxK = losses(subject.variables, spread(batch.images), spread(batch.tokens))
     losses_BxK = np.asarray(losses_BxK)[: len(batch.groups)]
-    return losses_BxK[:, 0] < losses_BxK[:, 1:].min(axis=1), batch.groups
+    right = losses_BxK[:, 0] < losses_BxK[:, 1:].min(axis=1)
+    return right, batch.groups, batch.cut, batch.alike
 
   batches = _Batches(cases, subject.transform, choices, batch_size)
-  right, groups = map(np.concatenate, zip(*batches_lib.each(subject, 'aro', batches, compute)))
+  answers = batches_lib.each(subject, 'aro', batches, compute)
+  right, groups, cut, alike = map(np.concatenate, zip(*answers))
   usable = groups != ''
   n = int(usable.sum())
   if not n:
@@ -393,6 +411,13 @@ def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) 
   }
   counted = [entry['value'] for entry in by_group.values() if entry['n'] >= fewest]
   value = float(right[usable].mean())
+  alike, cut = int(alike.sum()), int((cut & usable).sum())
+  note = ''
+  if alike or cut:
+    note = (
+      f'data.text_length cuts captions: {cut:,} of {n:,} true ones were cut, {alike:,} more cases'
+      ' were left out because what differs was cut off'
+    )
   return Result(
     'accuracy',
     value,
@@ -401,6 +426,9 @@ def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) 
       'interval95': wilson_interval(value, n),
       'chance': 1 / choices,
       'left_out': len(cases) - n,
+      'left_out_for_length': alike,
+      'true_captions_cut': cut,
+      'note': note,
       'mean_over_groups': float(np.mean(counted)) if counted else None,
       'groups_counted': len(counted),
       'by_group': by_group,

@@ -41,7 +41,7 @@ def bleu4(written: Sequence[str], given: Sequence[Sequence[str]]) -> float:
   return precision * min(1.0, math.exp(1 - reference_length / length))
 
 
-def cider_d(written: Sequence[str], given: Sequence[Sequence[str]]) -> float:
+def cider_d(written: Sequence[str], given: Sequence[Sequence[str]]) -> float | None:
   """CIDEr-D of a corpus, 0 to 10 (Vedantam et al. 2015, section 5), document counts from `given`.
 
   Words are not stemmed, as in the authors' code.
@@ -49,13 +49,18 @@ def cider_d(written: Sequence[str], given: Sequence[Sequence[str]]) -> float:
   Args:
     written: captions (n).
     given: references of each, one or more.
+
+  Returns:
+    The score; None where document counts say nothing, for one image alone or images with the same
+    references: words weigh by how few images have them, and there all weigh 0, right or wrong.
   """
-  total = 0.0
+  total, weighed = 0.0, False
   for n in range(1, _N + 1):
     documents = collections.Counter()
     for references in given:
       documents.update({gram for reference in references for gram in _ngrams(reference.split(), n)})
     rarity = lambda gram: math.log(len(given) / max(1, documents[gram]))
+    weighed = weighed or any(map(rarity, documents))
     weigh = lambda text: {g: c * rarity(g) for g, c in _ngrams(text.split(), n).items()}
     for text, references in zip(written, given, strict=True):
       vector = weigh(text)
@@ -66,7 +71,7 @@ def cider_d(written: Sequence[str], given: Sequence[Sequence[str]]) -> float:
         apart = len(text.split()) - len(reference.split())
         penalty = math.exp(-apart * apart / (2 * _SIGMA**2))
         total += penalty * product / norms / len(references) if norms else 0.0
-  return 10 * total / (_N * len(written))
+  return 10 * total / (_N * len(written)) if weighed else None
 
 
 def _ngrams(words: Sequence[str], n: int) -> collections.Counter:

@@ -55,8 +55,8 @@ def evaluate(
   Returns:
     The share of captions that equal the source's own word by word (`exact_match`). The details
     have the `perplexity` of the source's own, that is exp of the mean loss of all their tokens
-    ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10) by `caption_scores`, `left_out`,
-    and list both captions for every image.
+    ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10, or None) by `caption_scores`,
+    `left_out`, and list both captions for every image.
 
   Raises:
     UserError: if no image of the source can be used.

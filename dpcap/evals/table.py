@@ -7,7 +7,7 @@ from dpcap.evals.subject import Result
 
 
 def show(results: dict[str, Result]) -> None:
-  """Prints one table of all results."""
+  """Prints one table of all results, and below it what a reader of a figure has to know."""
   table = Table('evaluation', 'metric')
   for column in ('value', '95% interval', 'chance', 'n'):
     table.add_column(column, justify='right')
@@ -22,4 +22,8 @@ def show(results: dict[str, Result]) -> None:
       f'{chance:.1%}' if chance else '',
       f'{result.n:,}',
     )
-  Console().print(table)
+  console = Console(highlight=False)
+  console.print(table)
+  for name, result in results.items():
+    if result.details.get('note'):
+      console.print(f'{name}: {result.details["note"]}', markup=False)

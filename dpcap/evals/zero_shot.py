@@ -6,6 +6,7 @@ again and again, among those that some label's text goes on with.
 """
 
 import collections
+import itertools
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from dpcap import data
 from dpcap.data.text import Tokenizer
@@ -28,6 +30,7 @@ _TEMPLATES = ('this is a photo of a {}',)
 _WORDNET_ID = re.compile(r'^n\d{8}\s+')
 _LOGITS_AT_ONCE = 2**25  # float32: 128 MB
 _MAX_TOKENS = 256  # of a prompt with its label
+_REPEATED_TOLD = 10
 
 
 def evaluate(
@@ -51,7 +54,8 @@ def evaluate(
     templates: texts with {} where the label goes. With several, a name's loss is the mean. None:
       those of the dataset (its first one if greedy), without one the paper's.
     labels_file: one class a line, in the order of the labels; None: the source's class names.
-      Commas part synonyms, each of which counts for its class.
+      Commas part synonyms, each of which counts for its class. Names that several classes have are
+      warned of, and told in the details (`note`).
     batch_size: images at a time.
 
   Raises:
@@ -70,6 +74,9 @@ def evaluate(
       f'zero_shot: labels_file has {len(names)} lines; the source has'
       f' {len(records.class_names)} classes'
     )
+  note = _say_repeated(find_repeated(names, subject.transform.tokenizer), labels_file)
+  if note:
+    logging.warning('zero_shot: %s', note)
   predict = make_classifier(subject, names, method, templates)
 
   def compute(batch):
@@ -85,7 +92,8 @@ def evaluate(
     raise UserError('zero_shot: the source has no usable labelled image')
   if labels.max() >= len(names):
     raise UserError(f'zero_shot: an image has label {labels.max()}; there are {len(names)} names')
-  return top1(predicted, labels, names, method=method, left_out=int(np.sum(~usable)))
+  left_out = int(np.sum(~usable))
+  return top1(predicted, labels, names, method=method, left_out=left_out, note=note)
 
 
 def _names(
@@ -107,13 +115,49 @@ def read_names(labels_file: str) -> tuple[str, ...]:
     UserError: if it cannot be read, or a line is empty.
   """
   try:
-    names = tuple(pathlib.Path(labels_file).read_text(encoding='utf-8').splitlines())
+    text = pathlib.Path(labels_file).read_bytes().decode('utf-8-sig')
   except (OSError, UnicodeError) as e:
     raise UserError(f'labels_file {labels_file}: cannot be read ({e})') from e
+  # Not splitlines(), which ends lines at other characters too: all classes after one would shift.
+  names = [line.removesuffix('\r') for line in text.removesuffix('\n').split('\n')]
   for number, name in enumerate(names, 1):
     if not name.strip():
       raise UserError(f'labels_file {labels_file}: line {number} is empty; expected a class name')
   return tuple(_WORDNET_ID.sub('', name) for name in names)
+
+
+def find_repeated(names: Sequence[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+  """Names, or synonyms, that the tokenizer does not tell apart, and the classes of each.
+
+  The captioner cannot tell them apart either: it predicts the first of these classes for all.
+  """
+  classes, spelling = collections.defaultdict(list), {}
+  for label, name in enumerate(names):
+    for synonym in _synonyms(name):
+      tokens = tuple(tokenize(tokenizer, synonym))
+      spelling.setdefault(tokens, synonym)
+      if label not in classes[tokens]:
+        classes[tokens].append(label)
+  return {spelling[tokens]: labels for tokens, labels in classes.items() if len(labels) > 1}
+
+
+def _say_repeated(repeated: dict[str, list[int]], labels_file: str | None) -> str:
+  if not repeated:
+    return ''
+  first, kind = (1, f'lines of {labels_file}') if labels_file else (0, 'classes, counted from 0')
+  told = [
+    f'{name!r} ({", ".join(str(label + first) for label in labels)})'
+    for name, labels in itertools.islice(repeated.items(), _REPEATED_TOLD)
+  ]
+  more = f' and {len(repeated) - len(told):,} more' if len(repeated) > len(told) else ''
+  return (
+    'several classes have the same name, by which only the first can be predicted:'
+    f' {", ".join(told)}{more} ({kind})'
+  )
+
+
+def _synonyms(name: str) -> list[str]:
+  return [synonym.strip() for synonym in name.split(',') if synonym.strip()]
 
 
 def make_classifier(
@@ -129,12 +173,7 @@ def make_classifier(
       raise UserError(f'zero_shot: template {template!r} must hold {{}} once, for the label')
   if method == 'greedy' and len(templates) != 1:
     raise UserError(f'zero_shot: method greedy takes one template, got {len(templates)}')
-  synonyms = [
-    (label, synonym.strip())
-    for label, name in enumerate(names)
-    for synonym in name.split(',')
-    if synonym.strip()
-  ]
+  synonyms = [(label, synonym) for label, name in enumerate(names) for synonym in _synonyms(name)]
   owners = np.array([label for label, _ in synonyms])
   tokenizer = subject.transform.tokenizer
   texts = [

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dpcap.models.attention import attend
 from dpcap.models.blocks import run_blocks
+from dpcap.models.layer_norm import LayerNorm
 from dpcap.models.positions import text_positions
 from dpcap.models.vit import Dense, frozen, gelu
 
@@ -62,7 +63,7 @@ class DecoderBlock(nn.Module):
     position: int | jax.Array = 0,
   ) -> jax.Array | tuple[jax.Array, BlockCache]:
     width = x_TxD.shape[-1]
-    norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
+    norm = functools.partial(LayerNorm, epsilon=1e-5, dtype=self.dtype)
     dense = functools.partial(Dense, use_bias=False, dtype=self.dtype)
 
     qkv_Tx3D = dense(3 * width, name='self_qkv')(x_TxD)
@@ -136,7 +137,7 @@ class CaptionDecoder(nn.Module):
         run = DecoderBlock(**settings, name=f'block_{i}')
         x_TxD, block = run(x_TxD, memory_SxD, block, position)
         kept.append(block)
-    x_TxD = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')(x_TxD)
+    x_TxD = LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')(x_TxD)
     logits_TxV = Dense(self.vocab_size, dtype=self.dtype, name='logits')(x_TxD)
     if cache is None:
       return logits_TxV

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dpcap.models.attention import attend
 from dpcap.models.blocks import run_blocks
+from dpcap.models.layer_norm import LayerNorm
 from dpcap.models.positions import image_positions
 
 # The kernels of projections are Xavier uniform, also the fused ones (as one matrix).
@@ -59,7 +60,7 @@ class EncoderBlock(nn.Module):
   @nn.compact
   def __call__(self, x_TxD: jax.Array) -> jax.Array:
     width = x_TxD.shape[-1]
-    norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+    norm = functools.partial(LayerNorm, epsilon=1e-6, dtype=self.dtype)
     dense = functools.partial(Dense, dtype=self.dtype)
 
     h_TxD = norm(name='attention_norm')(x_TxD)
@@ -112,7 +113,7 @@ class ViT(nn.Module):
       heads=self.heads,
       dtype=self.dtype,
     )
-    return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x_TxD)
+    return LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x_TxD)
 
 
 def frozen(module: nn.Module, name: str, width: int) -> jax.Array:

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import ml_collections
 import numpy as np
+from absl import logging
 
 from dpcap import data, models, privacy
 from dpcap.errors import UserError
@@ -36,8 +37,11 @@ def make_source(config: ml_collections.ConfigDict, source: ml_collections.Config
 def make_training_source(config: ml_collections.ConfigDict) -> data.Source:
   """`config.data.source`, of exactly `config.data.dataset_size` records where that is set.
 
+  A few of its records are looked at; what they lack is said on the screen only.
+
   Raises:
-    UserError: as make_source, or if the sizes differ: N is part of the guarantee.
+    UserError: as make_source; if the sizes differ: N is part of the guarantee; or if none of the
+      records that were looked at can be used.
   """
   source = make_source(config, config.data.source)
   declared = config.data.dataset_size
@@ -46,6 +50,21 @@ def make_training_source(config: ml_collections.ConfigDict) -> data.Source:
       f'data.dataset_size is {declared}, but the source {config.data.source.name!r} has'
       f' {len(source)} records; set it to that number, or to None'
     )
+  try:
+    look = data.look_at(source)
+  except data.StoreError as e:
+    raise UserError(f'{e.filename}: {e.strerror}') from e
+  if 2 * look.usable < look.looked_at:
+    said = (
+      f'data.source: {look.usable} of {look.looked_at} records, spread over all {len(source):,},'
+      f' can be used; the others: {"; ".join(look.reasons)}'
+    )
+    # Sources of many files say what is in them.
+    about = getattr(source, 'about', '')
+    said += f' ({about})' if about else ''
+    if not look.usable:
+      raise UserError(said)
+    logging.warning('%s', said)
   return source
 
 

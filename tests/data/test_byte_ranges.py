@@ -1,14 +1,18 @@
 """A store that is slow, fails now and then, or for good."""
 
 import pickle
+import sys
 import threading
 import time
 
 import fsspec
 import pytest
 
-from dpcap.data import byte_ranges
+from dpcap import data
+from dpcap.data import byte_ranges, tar_manifest
 from dpcap.data.byte_ranges import Span, StoreError, read, read_spans, scan
+from dpcap.data.tar_index import Wanted
+from dpcap.errors import UserError
 
 _CONTENT = bytes(range(256)) * 2**10
 _URL = 'memory://ranges/a'
@@ -132,3 +136,45 @@ def test_local_files_are_not_waited_for(tmp_path):
   assert error.value.filename == path
   with pytest.raises(StoreError, match='No such file'):
     read(Span(str(tmp_path / 'b'), 1, 6))
+
+
+@pytest.fixture(name='no_packages')
+def _no_packages(monkeypatch):
+  """As where no package of a store is installed, whatever is here."""
+  for module in ('gcsfs', 's3fs', 'aiohttp'):
+    monkeypatch.setitem(sys.modules, module, None)
+  monkeypatch.delitem(sys.modules, 'fsspec.implementations.http', raising=False)
+  registry = sys.modules['fsspec.registry']
+  for protocol in ('gs', 's3', 'https'):
+    monkeypatch.delitem(registry._registry, protocol, raising=False)
+
+
+@pytest.mark.parametrize(
+  'url, reason',
+  [('gs', 'gcsfs'), ('s3', 's3fs'), ('https', 'aiohttp'), ('elsewhere', 'not known: elsewhere')],
+)
+def test_a_url_that_cannot_be_opened_here_is_told_in_one_line(no_packages, tmp_path, url, reason):
+  (tmp_path / 'a.tar').write_bytes(bytes(1024))
+  bucket = f'{url}://bucket'
+  for options in (
+    {'path': f'{bucket}/shards'},
+    {'path': f'{bucket}/{{0..3}}.tar'},
+    {'path': f'{bucket}/*.tar'},
+    {'path': f'{bucket}/manifest.json'},
+    {'path': str(tmp_path), 'index_dir': f'{bucket}/index'},
+  ):
+    with pytest.raises(UserError, match=f'{bucket}.*: this kind of URL .*{reason}') as error:
+      data.make_source('tar_shards', image_size=8, **options)
+    assert '\n' not in str(error.value)
+  with pytest.raises(UserError, match=reason):
+    tar_manifest.write(f'{bucket}/manifest.json', [], Wanted(('jpg',), 'txt', None))
+
+
+def test_a_store_that_does_not_tell_what_it_has_ends_in_one_line(store, monkeypatch):
+  def fail(*_, **__):
+    raise ConnectionError('no route to host')
+
+  monkeypatch.setattr(type(fsspec.filesystem('memory')), 'info', fail)
+  for path in ('memory://ranges', 'memory://ranges/{0..1}.tar'):
+    with pytest.raises(UserError, match='memory://ranges.*no route to host'):
+      data.make_source('tar_shards', image_size=8, path=path)

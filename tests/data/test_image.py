@@ -1,6 +1,8 @@
+import importlib
 import io
 import math
 import struct
+import warnings
 import zlib
 
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dpcap.data import image as image_module
+from dpcap.data import image_folder, tar_shards
 from dpcap.data.image import (
   IMAGENET_MEAN,
   IMAGENET_STD,
@@ -68,13 +71,14 @@ PNG = encode(photo(200, 100), 'PNG')
         png_header(0, 10),
         b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n',
         encode(Image.fromarray(np.ones((4, 4), np.float32)), 'TIFF'),
+        encode(Image.fromarray(np.full((4, 4), 70_000, np.int32)), 'TIFF'),
         np.zeros((4, 4), np.uint8),
         np.zeros((4, 4, 3), np.float32),
         np.zeros((0, 4, 3), np.uint8),
     ],
     ids=[
         'empty', 'html', 'garbage', 'half JPEG', 'JPEG header', 'half PNG', 'damaged PNG', 'half WebP', 'GIF 0x0',
-        'PNG 0x10', 'EPS', 'float TIFF', 'grey array', 'float array', 'empty array',
+        'PNG 0x10', 'EPS', 'float TIFF', '32-bit TIFF', 'grey array', 'float array', 'empty array',
     ],
 )  # fmt: skip
 def test_unusable_images_are_bad_records(data):
@@ -101,7 +105,7 @@ def colour(image: Image.Image) -> tuple[int, int, int]:
   return image.getpixel((image.width // 2, image.height // 2))
 
 
-@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF'])
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF'])
 def test_formats_and_a_single_pixel(format):
   for size in [(1, 1), (33, 20)]:
     image = decode(encode(Image.new('RGB', size, (255, 0, 0)), format))
@@ -121,6 +125,77 @@ def test_16_bit_grey_is_scaled_not_clipped():
   image = decode(encode(Image.fromarray(ramp), 'PNG'))
   assert image.mode == 'RGB'
   np.testing.assert_array_equal(np.asarray(image)[0, :, 1], np.arange(256))
+
+
+def test_wide_modes_have_one_rule():
+  """16 bits are scaled, whatever the file; 32 bits have no range that is known (above)."""
+  for format in ('PNG', 'TIFF'):
+    grey = encode(Image.fromarray(np.full((4, 4), 257 * 130, np.uint16)), format)
+    assert colour(decode(grey)) == (130, 130, 130)
+
+
+def with_chunk(kind: bytes, data: bytes) -> bytes:
+  """PNG with one chunk more behind its header."""
+  chunk = struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+  return PNG[:33] + chunk + PNG[33:]
+
+
+@pytest.mark.parametrize(
+  'data',
+  [
+    with_chunk(b'zTXt', b'note\0\0' + zlib.compress(bytes(2**21))),
+    with_chunk(b'iTXt', b'note\0\1\0\0\0' + zlib.compress(bytes(2**21))),
+    with_chunk(b'iCCP', b'profile\0\0' + zlib.compress(bytes(2**21))),
+    with_chunk(b'tEXt', b'note\0' + b'x' * 2**21),
+    encode(photo(200, 100), 'PNG', icc_profile=bytes(2**21)),
+    with_chunk(b'zTXt', b'no text'),
+  ],
+  ids=['zTXt', 'iTXt', 'iCCP', 'tEXt', 'profile', 'damaged text'],
+)
+def test_a_png_with_large_texts_or_profile_is_read(data):
+  np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(photo(200, 100)))
+
+
+@pytest.mark.parametrize('blanks', [b'\n', b'\r\n', b' \t\n'])
+def test_blanks_before_an_image(blanks):
+  for data in (JPEG, PNG, encode(photo(200, 100), 'AVIF')):
+    np.testing.assert_array_equal(np.asarray(decode(blanks + data)), np.asarray(decode(data)))
+
+
+@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'subsampling': 0, 'quality': 30}])
+def test_a_jpeg_may_lack_its_end_marker_and_nothing_else(options):
+  for seed in range(4):
+    data = encode(web_photo(180, 130, seed), 'JPEG', **options)
+    for cut in (data[:-2], data[:-1]):
+      np.testing.assert_array_equal(np.asarray(decode(cut)), np.asarray(decode(data)))
+      view = lambda d: random_resized_crop(open_image(d), 16, np.random.default_rng(1))
+      np.testing.assert_array_equal(view(cut), view(data))
+    for lost in (8, 40, 200, len(data) // 3, len(data) // 2):
+      with pytest.raises(BadRecord, match='truncated'):
+        decode(data[:-lost])
+
+
+def test_a_flat_jpeg_cut_in_half_is_still_truncated():
+  """Black and grey are what a decoder fills up with."""
+  for grey in (0, 128):
+    data = encode(Image.new('L', (400, 400), grey), 'JPEG')
+    scan = data.index(b'\xff\xda')
+    with pytest.raises(BadRecord, match='truncated'):
+      decode(data[: (scan + len(data)) // 2])
+
+
+def test_damaged_exif_is_not_worth_a_warning():
+  """In a fresh module: pytest sets its own filters for every test."""
+  exif = b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<H', 500) + b'\x12\x01' * 9
+  data = encode(photo(20, 10), 'JPEG', exif=exif)
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    Image.open(io.BytesIO(data))
+    assert caught, 'this EXIF is damaged enough'
+    caught.clear()
+    fresh = importlib.reload(image_module)
+    fresh.decode(data)
+    assert not caught
 
 
 def test_grey_palette_and_bilevel():
@@ -371,3 +446,10 @@ def test_normalize_on_numpy_and_jax():
     assert result.dtype == np.float32
     np.testing.assert_allclose(np.asarray(result), expected, atol=1e-5)
   assert isinstance(normalize(array), np.ndarray)
+
+
+def test_what_is_taken_for_an_image_is_of_a_format_that_is_read():
+  Image.init()
+  extensions = {*image_folder._EXTENSIONS, *(f'.{key}' for key in tar_shards.IMAGE_KEYS)}
+  formats = {Image.registered_extensions()[extension] for extension in extensions}
+  assert formats == set(image_module._FORMATS)

@@ -135,6 +135,25 @@ def test_bad_records_count_as_drawn_are_masked_and_told():
     assert not chunk.examples.image[~chunk.mask].any()
 
 
+def test_one_of_several_captions_is_drawn_for_each_step_and_replayed():
+  class Several(Numbered):
+    def __getitem__(self, index):
+      return {**super().__getitem__(index), 'caption': [f'a{index}', f'b{index}']}
+
+  batches = make_batches(source=Several(), draw=functools.partial(_draw, size=20))
+  tokenizer = BytesTokenizer()
+
+  def captions(step):
+    elements = range(step * batches.slots, (step + 1) * batches.slots)
+    chunks = [chunk for element in elements for chunk in batches[element]]
+    return [tokenizer.decode(row) for c in chunks for row in c.examples.tokens[c.mask]]
+
+  seen = [captions(step) for step in range(10)]
+  assert {text[0] for texts in seen for text in texts} == {'a', 'b'}
+  assert len({tuple(text[0] for text in texts) for texts in seen}) == 10
+  assert seen == [captions(step) for step in range(10)]
+
+
 def test_the_sampling_key_does_not_show():
   sampler = PoissonSampler(_N, 60, (1234567890123, 9876543210987))
   rng = functools.partial(augmentation_generator, sampler.key)

@@ -28,8 +28,17 @@ def files(content: bytes) -> list[tuple[str, int, int]]:
 
 def as_tarfile_reads(content: bytes) -> list[tuple[str, int, int]]:
   # Behind an end marker too: archives may lie one behind the other.
+  found, places = [], {}
   with tarfile.open(fileobj=io.BytesIO(content), ignore_zeros=True) as tar:
-    return [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+    for member in tar:
+      if member.isreg():
+        places[member.name] = member.offset_data, member.size
+      elif member.islnk():
+        places[member.name] = places.get(member.linkname, (member.offset_data, 0))
+      else:
+        continue
+      found.append((member.name, *places[member.name]))
+  return found
 
 
 def random_name(rng: random.Random, format: int) -> str:
@@ -45,6 +54,7 @@ def random_archive(rng: random.Random, format: int) -> bytes:
   options = {'pax_headers': {'comment': 'made up'}} if format == tarfile.PAX_FORMAT else {}
   with tarfile.open(fileobj=out, mode='w', format=format, **options) as tar:
     # A global pax header with no member behind it is an error to tarfile, and none to us.
+    names = []
     for _ in range(rng.randint(format == tarfile.PAX_FORMAT, 30)):
       info = tarfile.TarInfo(random_name(rng, format))
       info.type = rng.choice(_KINDS)
@@ -56,12 +66,16 @@ def random_archive(rng: random.Random, format: int) -> bytes:
       elif rng.random() < 0.2:
         info.uname, info.uid = 'ü' * 40, 2**40  # GNU writes such numbers in binary
       if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
-        info.linkname = random_name(rng, format)[: 90 if format == tarfile.USTAR_FORMAT else None]
+        # To a file before, of a name of any length, or to none.
+        names.append(random_name(rng, format)[: 90 if format == tarfile.USTAR_FORMAT else None])
+        info.linkname = rng.choice(names)
       data = b''
       if info.isreg():
         data = rng.randbytes(rng.choice([0, 1, 511, 512, 513, rng.randint(0, 20_000)]))
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))
+      if format != tarfile.USTAR_FORMAT or len(info.name) < 90:
+        names.append(info.name)
   return out.getvalue()
 
 

@@ -35,10 +35,11 @@ def sample(i: int, label='even') -> dict[str, bytes]:
   }
 
 
-def tar_bytes(members: dict[str, bytes], format=tarfile.USTAR_FORMAT) -> bytes:
+def tar_bytes(members, format=tarfile.USTAR_FORMAT) -> bytes:
+  """A tar of members, a dict or pairs of name and data."""
   file = io.BytesIO()
   with tarfile.open(fileobj=file, mode='w', format=format) as tar:
-    for name, data in members.items():
+    for name, data in members.items() if isinstance(members, dict) else members:
       info = tarfile.TarInfo(name)
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))
@@ -106,6 +107,16 @@ def test_paths(folder):
   ]
 
 
+def test_a_label_that_is_no_name_is_a_bad_record(folder):
+  for i, label in enumerate(['ant', ['ant'], {'a': 1}]):
+    write_shard(folder / f'{i}.tar', [i], label=label)
+  source = TarShards(folder, label_key='label')
+  assert source.class_names == ('ant',) and source[0]['label'] == 0
+  for i in (1, 2):
+    with pytest.raises(BadRecord, match='label is a'):
+      source[i]
+
+
 def test_captions_from_json(folder):
   write_shard(folder / 'a.tar', range(3))
   assert captions(TarShards(folder, caption_key='json:caption')) == [
@@ -141,21 +152,95 @@ def test_long_names_folders_and_strange_members(folder, format):
   ]
 
 
-def test_samples_without_image_or_caption_count(folder):
+def test_images_without_a_caption_count_and_strays_do_not(folder, warnings):
   members = (
     sample(0) | {'1.jpg': jpeg(1)} | {'2.txt': b'two'} | {'3.jpg': b'', '3.txt': b''} | sample(4)
   )
-  (folder / 'a.tar').write_bytes(tar_bytes(members))
+  strays = {'LICENSE.txt': b'MIT', 'README.md': b'see', 'lone.cls': b'7', 'other.json': b'{}'}
+  (folder / 'a.tar').write_bytes(tar_bytes(strays | members))
   source = TarShards(folder)
-  assert len(source) == 5
-  assert source[1]['caption'] is None and source[2]['image'] == b'' and source[3]['image'] == b''
-  for index in (1, 3):
+  assert len(source) == 4
+  assert source[1]['caption'] is None and source[2]['image'] == b''
+  for index in (1, 2):
     with pytest.raises(BadRecord):
       check_caption(source[index]['caption'])
-  for index in (2, 3):
-    with pytest.raises(BadRecord):
-      decode(source[index]['image'])
-  assert source[4]['caption'] == b'caption 4'
+  with pytest.raises(BadRecord):
+    decode(source[2]['image'])
+  assert source[3]['caption'] == b'caption 4'
+  (line,) = warnings
+  assert 'N = 4 samples: 3 with an image that holds anything, 2 with KEY.txt, 2 with both;' in line
+  assert '5 keys without an image (strays) do not count' in line
+
+
+def test_a_key_that_comes_again_is_another_sample(folder, warnings):
+  """Also at once, where two of the three would vanish."""
+  pair = lambda key, i: [(f'{key}.jpg', jpeg(i)), (f'{key}.txt', b'%d' % i)]
+  members = [*pair('a', 0), *pair('a', 1), *pair('a', 2), *pair('b', 3), *pair('a', 4)]
+  (folder / 'a.tar').write_bytes(tar_bytes(members))
+  source = TarShards(folder)
+  assert [(r['image'], r['caption']) for r in source] == [(jpeg(i), b'%d' % i) for i in range(5)]
+  assert len(warnings) == 1 and '3 have the key of another one' in warnings[0]
+
+
+def test_of_several_images_of_a_sample_the_first(folder, warnings):
+  members = {'0.png': b'first', '0.jpg': b'second', '0.txt': b'0'}
+  (folder / 'a.tar').write_bytes(tar_bytes(members))
+  (record,) = TarShards(folder)
+  assert record['image'] == b'first' and not warnings
+
+
+@pytest.mark.parametrize('others', ['txt', 'json'])
+def test_a_tar_sorted_by_extension_is_refused_with_its_cure(folder, warnings, others):
+  keys = [f'x/{i}' for i in range(3)]
+  members = {f'{key}.jpg': jpeg(0) for key in keys} | {f'{key}.{others}': b'{}' for key in keys}
+  (folder / 'a.tar').write_bytes(tar_bytes(members))
+  for _ in range(2):  # the second time from the index file
+    with pytest.raises(UserError, match=r"a\.tar: .*of key 'x/0' first; .*`tar --sort=name`"):
+      TarShards(folder, caption_key='txt' if others == 'txt' else 'json:caption')
+  write_shard(folder / 'b.tar', range(3))
+  warnings.clear()
+  assert len(TarShards(folder)) == 3
+  (line,) = warnings
+  assert 'a.tar: shard left out: files of one sample lie apart' in line
+
+
+def test_an_extension_with_dots_is_a_matter_of_the_config(folder):
+  members = {'0.input.JPG': jpeg(0), '0.Outputs.txt': b'zero', '1.input.jpg': jpeg(1)}
+  (folder / 'a.tar').write_bytes(tar_bytes(members))
+  with pytest.raises(UserError, match=r'input\.jpg \(2\), outputs\.txt \(1\)') as error:
+    TarShards(folder)
+  assert 'no file KEY.jpg or with another of image_keys' in str(error.value)
+  source = TarShards(folder, image_keys='png,input.jpg', caption_key='outputs.txt')
+  assert len(source) == 2 and source[0] == {'image': jpeg(0), 'caption': b'zero', 'label': -1}
+  with pytest.raises(UserError, match="image_keys is 'jpg,,png'"):
+    TarShards(folder, image_keys='jpg,,png')
+
+
+def test_keys_with_dots_are_refused_with_the_extensions_there(folder):
+  """22.05.jpg and 22.06.jpg are of one key, 22, to webdataset too."""
+  members = {f'22.{i:02}.{kind}': b'x' for i in range(3) for kind in ('jpg', 'txt')}
+  (folder / 'a.tar').write_bytes(tar_bytes(members))
+  with pytest.raises(UserError, match=r'ends at the first dot, .* there are: 00\.jpg \(1\), 00'):
+    TarShards(folder)
+
+
+def test_a_hard_link_is_the_file_that_it_names(folder):
+  out = io.BytesIO()
+  with tarfile.open(fileobj=out, mode='w', format=tarfile.GNU_FORMAT) as tar:
+    for i in range(2):
+      info = tarfile.TarInfo(f'{i}.jpg')
+      if i:
+        info.type, info.linkname = tarfile.LNKTYPE, '0.jpg'
+        tar.addfile(info)
+      else:
+        info.size = len(jpeg(7))
+        tar.addfile(info, io.BytesIO(jpeg(7)))
+      info = tarfile.TarInfo(f'{i}.txt')
+      info.size = 1
+      tar.addfile(info, io.BytesIO(b'%d' % i))
+  (folder / 'a.tar').write_bytes(out.getvalue())
+  source = TarShards(folder)
+  assert [(r['image'], r['caption']) for r in source] == [(jpeg(7), b'0'), (jpeg(7), b'1')]
 
 
 def test_only_the_byte_ranges_are_read(folder, monkeypatch):
@@ -219,7 +304,7 @@ def test_read_each_gives_records_and_bad_ones_in_turn(folder):
 
 def write_manifest(folder, **options) -> str:
   wanted = tar_shards.make_wanted(
-    options.get('image_keys', tar_shards.IMAGE_KEYS), 'txt', options.get('label_key')
+    options.get('image_keys'), 'txt', options.get('label_key')
   )
   indexes = [tar_index.index_shard(shard, wanted) for shard in tar_index.find_shards(folder)]
   tar_manifest.write(f'{folder}/all.json', indexes, wanted)
@@ -247,13 +332,22 @@ def test_a_manifest_of_other_members_or_shards_is_refused(folder):
   write_shard(folder / 'a.tar', range(3))
   manifest = write_manifest(folder)
   for options, reason in [
-    ({'image_keys': ('png',)}, 'image_keys'),
+    ({'image_keys': 'png'}, 'image_keys'),
     ({'caption_key': 'json:caption'}, "caption_key 'txt', this config has ''"),
     ({'label_key': 'label'}, 'label_key None'),
   ]:
     with pytest.raises(UserError, match=reason):
       TarShards(manifest, **options)
   assert len(TarShards(manifest, label_key='label', class_names=['even'])) == 3
+  (index,) = folder.glob('a.tar.*.npz')
+  index.rename(folder / 'away')
+  with pytest.raises(UserError, match=f'the index .*{index.name} of shard .*a.tar cannot be read'):
+    TarShards(manifest)
+  (folder / 'away').rename(index)
+  miscounted = json.loads(pathlib.Path(manifest).read_text()) | {'examples': 4}
+  (folder / 'other.json').write_text(json.dumps(miscounted))
+  with pytest.raises(UserError, match='other.json: .*says 4 examples, its shards have 3'):
+    TarShards(folder / 'other.json')
   write_shard(folder / 'a.tar', range(4))
   with pytest.raises(UserError, match='a.tar changed after'):
     TarShards(manifest)
@@ -302,7 +396,9 @@ def test_given_class_names(folder, monkeypatch):
       source[i]
 
 
-@pytest.mark.parametrize('damaged', [b'{', b'[1]', b'\xff'])
+@pytest.mark.parametrize(
+  'damaged', [b'{', b'[1]', b'\xff', b'{"a":' * 100_000 + b'1' + b'}' * 100_000]
+)
 def test_damaged_json_is_a_bad_record_only_where_it_is_needed(folder, damaged):
   members = sample(0) | sample(1) | {'00001.json': damaged}
   (folder / 'a.tar').write_bytes(tar_bytes(members))
@@ -332,7 +428,8 @@ def test_a_damaged_shard_is_left_out_and_named(folder, warnings):
     f'damaged at byte {start}:': whole[:start] + b'\xa5' * 512 + whole[start + 512 :],
     f'damaged at byte {len(whole)}:': whole + b'\xa5' * 512,
     'damaged at byte 0:': b'<html>403 Forbidden</html>' * 100,
-    'holds no samples': tar_bytes({'README': b''}),
+    'holds no samples.* are: none': tar_bytes({'README': b''}),
+    'no samples.* are: txt': tar_bytes({'README.txt': b''}),
     'no samples': b'',
   }
   write_shard(folder / 'a.tar', [7])
@@ -377,6 +474,8 @@ def test_an_index_made_again_during_a_run_is_noticed(folder):
   'path, reason',
   [
     ('{}/nowhere', 'does not exist'),
+    ('/dev/null/nowhere', 'does not exist'),
+    ('/dev/null/{{0..2}}.tar', '3 of 3 shards missing, first'),
     ('{}', 'no shard found'),
     ('{}/*.tar', 'no shard found'),
     ('{}/{{0..2}}.tar', '3 of 3 shards missing, first'),
@@ -396,7 +495,9 @@ def test_shards_without_any_sample_are_refused(folder, warnings):
   (folder / 'b.tar').write_bytes(b'nothing')
   with pytest.raises(UserError, match=r'2 shard\(s\) found, but none holds a sample') as error:
     TarShards(folder)
-  assert str(folder) in str(error.value) and 'KEY.jpg' in str(error.value)
+  assert str(folder) in str(error.value) and 'a.tar: holds no samples' in str(error.value)
+  with pytest.raises(UserError, match=r'all.json: 0 shard\(s\) found, but none holds a sample'):
+    TarShards(write_manifest(folder))
 
 
 # --- the index files ------------------------------------------------------------------
@@ -419,7 +520,7 @@ def test_a_stale_or_foreign_index_is_made_again(folder):
   os.utime(folder / 'a.tar', ns=(0, time.time_ns() + 10**9))
   assert captions(TarShards(folder)) == [f'caption {i}'.encode() for i in range(10, 15)]
   swapped = TarShards(
-    folder, image_keys=('txt',), caption_key='json'
+    folder, image_keys='txt', caption_key='json'
   )  # the same shard, other members
   assert [record['image'] for record in swapped] == captions(TarShards(folder))
   indexes = sorted(folder.glob('*.npz'))

@@ -1,3 +1,4 @@
+import pathlib
 import pickle
 
 import numpy as np
@@ -56,6 +57,8 @@ def test_bytes_that_are_no_text_decode_all_the_same():
 
 
 def test_wordpiece_is_bert_uncased(vocab_file):
+  content = pathlib.Path(vocab_file).read_bytes()
+  pathlib.Path(vocab_file).write_bytes(b'\xef\xbb\xbf' + content)  # some editors do
   tokenizer = WordPieceTokenizer(vocab_file)
   assert tokenizer.vocab_size == 104 + len(WORDS)
   assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id) == (0, 101, 102)

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -11,7 +12,7 @@ from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dpcap.data.source import BadRecord, check_caption
+from dpcap.data.source import BadRecord, choose_caption
 from dpcap.data.tfds_source import TfdsSource
 from dpcap.errors import UserError
 
@@ -86,7 +87,7 @@ def test_records(data_dir):
   source = TfdsSource('pairs', 'train', data_dir, caption_key='title')
   assert len(source) == 5 and source.class_names == ('ant', 'bee', 'cat')
   for i, record in enumerate(source):
-    assert record == {'image': jpeg(i), 'caption': f'title {i}'.encode(), 'label': i % 3}
+    assert record == {'image': jpeg(i), 'caption': [f'title {i}'.encode()], 'label': i % 3}
   for i in (-1, 5):
     with pytest.raises(IndexError):
       source[i]
@@ -99,15 +100,15 @@ def test_names_and_splits(data_dir):
   assert len(TfdsSource('pairs', 'train+test', data_dir)) == 8
 
 
-def test_of_several_captions_the_first(data_dir):
+def test_several_captions_of_an_image(data_dir):
   source = TfdsSource('pairs', 'train', data_dir, caption_key='captions/text', label_key=None)
   assert [record['caption'] for record in source] == [
-    None,
-    *(f'caption {i} 0'.encode() for i in range(1, 5)),
+    [f'caption {i} {j}'.encode() for j in range(i)] for i in range(5)
   ]
   assert source.class_names == () and source[1]['label'] == -1
+  assert choose_caption(source[3]['caption']) == 'caption 3 0'
   with pytest.raises(BadRecord, match='no caption'):
-    check_caption(source[0]['caption'])
+    choose_caption(source[0]['caption'])
 
 
 def test_nested_image_and_caption_template(data_dir):
@@ -168,7 +169,11 @@ def test_the_fingerprint_is_of_the_files(tmp_path):
   os.utime(file, (state.st_atime, state.st_mtime + 10))
   touched = find('train')
   assert touched != before[0] and find('test') == before[1]
-  file.write_bytes(file.read_bytes() + b'x')
+  writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1')
+  for _ in range(2):
+    writer.write(os.urandom(2**17))
+  writer.close()
+  assert file.stat().st_size != state.st_size
   os.utime(file, (state.st_atime, state.st_mtime + 10))
   assert find('train') not in (touched, before[0])
 
@@ -181,7 +186,7 @@ def test_no_tensorflow_at_run_time(data_dir, tmp_path):
     f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
     'from dpcap.data.tfds_source import TfdsSource\n'
     f"source = TfdsSource('pairs', 'train', {data_dir!r}, caption_key='captions/text')\n"
-    "assert source[2]['caption'] == b'caption 2 0' and len(source[2]['image']) > 100\n"
+    "assert source[2]['caption'][0] == b'caption 2 0' and len(source[2]['image']) > 100\n"
   )
   subprocess.run([sys.executable, '-c', program], check=True)
 
@@ -235,3 +240,37 @@ def test_unfit_preparations_are_refused(tmp_path):
   with pytest.raises(UserError, match='cannot be opened in') as error:
     TfdsSource('pairs', 'test', str(tmp_path))
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'damage, found',
+  [
+    (lambda content: content[: len(content) // 2], 'nothing that can be read'),
+    (lambda content: content[:-1], 'nothing that can be read'),
+    (lambda content: content[:10], 'nothing that can be read'),
+    (lambda content: b'', 'nothing that can be read'),
+    (lambda content: b'<html>403 Forbidden</html>' * 10_000, 'nothing that can be read'),
+    (None, '2'),
+  ],
+  ids=['half', 'last byte', 'ten bytes', 'empty', 'error page', 'another file'],
+)
+def test_files_must_hold_what_the_data_set_says(tmp_path, damage, found):
+  folder = prepare(tmp_path)
+  first, second = (folder / f'pairs-train.array_record-0000{i}-of-00002' for i in range(2))
+  content = damage(first.read_bytes()) if damage else second.read_bytes()
+  first.write_bytes(content)
+  with pytest.raises(UserError, match=f'{first.name} holds {found}.* says 3 records') as error:
+    TfdsSource('pairs', 'train', str(tmp_path))
+  assert '\n' not in str(error.value)
+  assert len(TfdsSource('pairs', 'test', str(tmp_path))) == 3
+
+
+@pytest.mark.parametrize('said', [['3', '1'], ['4', '2'], ['3', '2', '0']])
+def test_a_data_set_that_counts_otherwise_is_refused(tmp_path, said):
+  info = prepare(tmp_path) / 'dataset_info.json'
+  description = json.loads(info.read_text())
+  (train,) = (split for split in description['splits'] if split['name'] == 'train')
+  train['shardLengths'] = said
+  info.write_text(json.dumps(description))
+  with pytest.raises(UserError, match='records; copy or prepare|files missing'):
+    TfdsSource('pairs', 'train', str(tmp_path))

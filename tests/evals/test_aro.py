@@ -1,5 +1,6 @@
 """ARO's tests: the choice against whole forwards, one at a time; what false captions are."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -64,6 +65,31 @@ def test_a_case_is_right_where_the_true_caption_has_the_lowest_loss(subject):
   assert details['interval95'][0] <= result.value <= details['interval95'][1]
 
 
+def test_what_text_length_cuts_off_is_told_beside_the_figure(subject):
+  length = 5
+  short = subject._replace(transform=dataclasses.replace(subject.transform, text_length=length))
+  result = aro.evaluate_scenes(short, source=_SOURCE, test='attributes', batch_size=4)
+  encode = subject.transform.tokenizer.encode
+  cases = aro._ScenesCases(data.Scenes(image_size=16, **_SOURCE), 'attributes')
+  asked = cut = alike = 0
+  for index in range(len(cases)):
+    try:
+      true, false = (encode(text, 100).tolist() for text in cases[index].captions)
+    except BadRecord:
+      continue
+    # [SEP] takes the last place.
+    same = true[: length - 1] == false[: length - 1]
+    asked, alike = asked + (not same), alike + same
+    cut += not same and np.count_nonzero(true) > length
+  assert alike and cut
+  assert (result.n, result.details['left_out_for_length']) == (asked, alike)
+  assert result.details['true_captions_cut'] == cut
+  said = f'{cut} of {asked} true ones were cut, {alike} more cases were left out'
+  assert said in result.details['note']
+  whole = aro.evaluate_scenes(subject, source=_SOURCE, test='attributes', batch_size=4)
+  assert whole.n == asked + alike and whole.details['note'] == ''
+
+
 def _tag(text):
   nouns, adjectives = {'ring', 'square'}, {'small', 'red', 'large', 'blue'}
   part = lambda word: 'noun' if word in nouns else 'adjective' if word in adjectives else ''
@@ -112,7 +138,7 @@ def test_order_asks_about_every_caption(subject, tmp_path, monkeypatch):
     {'image': 'absent.png', 'caption': captions[:1]},
   ]
   path = tmp_path / 'coco.json'
-  path.write_text(json.dumps(entries))
+  path.write_text(json.dumps(entries), encoding='utf-8-sig')
   result = aro.evaluate_order(subject, annotations=str(path), images=str(tmp_path), batch_size=4)
   assert (result.n, result.details['left_out'], result.details['chance']) == (2, 2, 0.2)
   path.write_text(json.dumps([{'image': 'one.png', 'caption': 'a'}]))

@@ -61,6 +61,16 @@ def test_known_values():
   assert bleu4(['', ''], same) == 0 and cider_d(['', ''], same) == 0
 
 
+@pytest.mark.parametrize(
+  'given', [[['a red ring']], [['a red ring', 'a ring']], [['a red ring']] * 3]
+)
+def test_no_cider_where_all_words_are_in_all_images(given):
+  """It would be 0 for a perfect caption."""
+  for caption in ('a red ring', 'something else'):
+    assert cider_d([caption] * len(given), given) is None
+  assert cider_d(['a red ring', 'a'], [['a red ring'], ['a']]) > 0
+
+
 def test_agree_with_published_programs():
   """Figures of pycocoevalcap 1.2 (both) and sacrebleu 2 (BLEU), on texts from a fixed seed."""
   generator = random.Random(7)

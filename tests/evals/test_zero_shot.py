@@ -182,3 +182,23 @@ def test_names_and_templates_of_a_dataset(subject, monkeypatch, tmp_path):
   path = tmp_path / 'names.txt'
   path.write_text('n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n')
   assert zero_shot.read_names(str(path)) == ('tench, Tinca tinca', 'goldfish, Carassius auratus')
+  path.write_bytes('\ufeffcat\r\na\u2028b\nc\x0bd\x0ce\x85f\rg\n'.encode())
+  assert zero_shot.read_names(str(path)) == ('cat', 'a\u2028b', 'c\x0bd\x0ce\x85f\rg')
+
+
+def test_names_of_several_classes_are_warned_of(subject, tmp_path, caplog):
+  """The second of them can never be predicted: ImageNet's two cranes cap its top-1."""
+  (tmp_path / 'names').write_text('red\nblue, Green ring\nred, small\ngreen  ring\nwhite\n')
+  tokenizer = subject.transform.tokenizer
+  repeated = zero_shot.find_repeated(zero_shot.read_names(str(tmp_path / 'names')), tokenizer)
+  assert repeated == {'red': [0, 2], 'Green ring': [1, 3]}
+  assert zero_shot.find_repeated(['red, red', 'blue'], tokenizer) == {}
+  names = ['red', 'green', 'blue', 'yellow', 'red', 'white', 'cyan', 'small, red']
+  (tmp_path / 'names').write_text('\n'.join(names))
+  options = dict(method='greedy', dataset=None, templates=None, batch_size=4)
+  options['source'] = dict(split='test', size=4)
+  result = zero_shot.evaluate(subject, labels_file=str(tmp_path / 'names'), **options)
+  note = "several classes have the same name, by which only the first can be predicted: 'red'"
+  note += f' (1, 5, 8) (lines of {tmp_path / "names"})'
+  assert result.details['note'] == note and note in caplog.text
+  assert zero_shot.evaluate(subject, labels_file=None, **options).details['note'] == ''

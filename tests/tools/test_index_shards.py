@@ -5,9 +5,10 @@ import json
 import tarfile
 
 import fsspec
-import numpy as np
 import pytest
 
+from dpcap import data
+from dpcap.config import source_config
 from dpcap.data import tar_index
 from dpcap.data.tar_shards import TarShards
 from tools import index_shards
@@ -127,21 +128,35 @@ def test_wrong_options_are_told_in_one_line(folder, capsys, options, reason):
   assert errors.count('\n') == 1
 
 
-def test_beam_makes_the_same_indexes(folder, tmp_path, capsys):
-  pytest.importorskip('apache_beam', reason="Apache Beam is not installed (pip install '.[beam]')")
-  run(capsys, folder, '--executor=threads', f'--index_dir={tmp_path / "here"}')
-  beam = (folder, '--runner=DirectRunner', f'--index_dir={tmp_path / "beam"}')
-  status, summary, errors = run(capsys, *beam, '--executor=threads')
-  assert status == 0 and summary['examples'] == 7 and summary['indexed'] == 0
-  assert 'b.tar: truncated' in errors
-  files = sorted((tmp_path / 'here').glob('*.npz'))
-  assert len(files) == 3
-  for file in files:
-    with np.load(file) as a, np.load(tmp_path / 'beam' / file.name) as b:
-      assert all(np.array_equal(a[key], b[key]) for key in ('table', 'meta'))
+def write(path, members):
+  with tarfile.open(path, mode='w') as tar:
+    for name in members:
+      info = tarfile.TarInfo(name)
+      info.size = 1
+      tar.addfile(info, io.BytesIO(b'x'))
 
 
-def test_without_beam_a_runner_is_refused(folder, capsys, monkeypatch):
-  monkeypatch.setitem(__import__('sys').modules, 'apache_beam', None)
-  status, _, errors = run(capsys, folder, '--runner=DirectRunner')
-  assert status == 2 and "pip install 'dpcap[beam]'" in errors
+def test_what_is_odd_is_counted_and_said(tmp_path, capsys):
+  write(tmp_path / 'a.tar', ['0.jpg', '0.txt', '1.jpg', '1.txt', '1.jpg', '2.jpg', 'README.md'])
+  write(tmp_path / 'b.tar', ['0.jpg', '1.jpg', '0.txt', '1.txt'])
+  status, summary, errors = run(capsys, tmp_path, '--executor=threads')
+  counted = {'examples': 4, 'with_image': 4, 'with_caption': 2, 'with_both': 2, 'strays': 1}
+  counted |= {'repeated_keys': 1, 'damaged': 1}
+  assert status == 0 and {key: summary[key] for key in counted} == counted
+  assert "b.tar: files of one sample lie apart, those of key '0' first" in errors
+  assert 'note: N = 4 samples: ' in errors
+  status, summary, errors = run(capsys, tmp_path, '--executor=threads', '--caption_key=json:text')
+  assert status == 1 and summary['with_both'] == 0
+  assert 'WARNING, fewer than half can be used: N = 6 samples' in errors
+  assert 'extensions there: jpg (6), txt (4), md (1)' in errors
+
+
+def test_the_tool_and_the_config_have_one_key_for_the_image(tmp_path, capsys):
+  write(tmp_path / 'a.tar', ['0.input.jpg', '0.outputs.txt'])
+  status, _, errors = run(capsys, tmp_path, '--executor=threads')
+  assert status == 1 and 'extensions there are: input.jpg (1), outputs.txt (1)' in errors
+  keys = {'image_keys': 'input.jpg', 'caption_key': 'outputs.txt'}
+  options = [f'--{key}={value}' for key, value in keys.items()]
+  status, summary, _ = run(capsys, tmp_path, '--executor=threads', *options)
+  config = source_config('tar_shards', path=summary['manifest'], **keys)
+  assert status == 0 and len(data.make_source(image_size=8, **config)) == 1

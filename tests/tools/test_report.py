@@ -331,10 +331,12 @@ def test_shots_and_guarantees_of_evaluations(tmp_path):
         'few': common | {'evaluator': 'few_shot', 'value': 0.625, 'shots': shots},
         'own': common
         | {'evaluator': 'private_probe', 'value': 0.5, 'privacy': {'text': 'epsilon <1>'}},
+        'aro': common | {'evaluator': 'aro_scenes', 'value': 0.5, 'note': '3 of <9> were cut'},
       },
     )
   )
   assert '62.5% with 10 per class' in text and 'own. epsilon <1>' in text
+  assert 'aro. 3 of <9> were cut' in text.replace('Aro.', 'aro.')
   assert 'above every other probe' not in text
 
 

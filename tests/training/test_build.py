@@ -1,12 +1,13 @@
 """Configs become parts; what does not belong together is refused under its key."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from configs import dpcap, dpcap_batch200k, dpcap_epsilon2, dpcap_less_data
-from dpcap import privacy
+from dpcap import data, privacy
 from dpcap.errors import UserError
 from dpcap.training import build
 from tests import tiny
@@ -60,6 +61,29 @@ def test_declared_and_true_size_must_agree():
   config.data.dataset_size = 401
   with pytest.raises(UserError, match='data.dataset_size is 401.*400 records'):
     build.make_training_source(config)
+
+
+@pytest.mark.parametrize(
+  'good, outcome',
+  [(0, 'refused'), (1, 'warned of'), (31, 'warned of'), (32, 'taken'), (64, 'taken')],
+)
+def test_data_without_anything_to_learn_from_are_refused(good, outcome, monkeypatch, caplog):
+  """A wrong caption_key in the json, say; what is said goes to the screen."""
+
+  class Source(list):
+    about = 'as counted'
+
+  made = data.make_source('scenes', image_size=16, split='train', size=1)
+  source = Source([{**made[0], 'caption': 'a dog' if i < good else None} for i in range(64)])
+  monkeypatch.setattr(build, 'make_source', lambda *_: source)
+  said = f'{good} of 64 records, spread over all 64, can be used; the others: no caption'
+  said += rf' \({64 - good}\) \(as counted\)'
+  if outcome == 'refused':
+    with pytest.raises(UserError, match=said):
+      build.make_training_source(tiny.get_config())
+  else:
+    assert build.make_training_source(tiny.get_config()) is source
+    assert bool(re.search(said, caplog.text)) == (outcome == 'warned of')
 
 
 def test_clip_functions_are_made_with_their_settings():

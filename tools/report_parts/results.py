@@ -68,7 +68,7 @@ def _others(records: Sequence[dict[str, Any]]) -> str:
     f'<div class="group"><p class="about">Other evaluations. Whiskers: 95% interval; dotted line:'
     f' chance.</p>{_table("evaluation", "metric", rows)}'
     f'{_panels([*map(_by_shots, records), *map(confusion.matrix, records)])}'
-    f'{"".join(map(_guarantee, records))}</div>'
+    f'{"".join(map(_note, records))}{"".join(map(_guarantee, records))}</div>'
   )
 
 
@@ -86,6 +86,14 @@ def _by_shots(record: dict[str, Any]) -> str:
   title = escape(probes.title(record))
   shots = dict(interval='interval95', axis='images per class', place='with {:,} per class')
   return panel(lines, Curve('value', title, record['metric'], '.1%', 'accent', **shots))
+
+
+def _note(record: dict[str, Any]) -> str:
+  """What an evaluator says that a reader of its figure has to know."""
+  if not record.get('note'):
+    return ''
+  title, note = escape(probes.title(record)), escape(str(record['note']))
+  return f'<p class="about"><b>{title}.</b> {note}</p>'
 
 
 def _guarantee(record: dict[str, Any]) -> str:
