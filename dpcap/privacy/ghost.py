@@ -124,7 +124,7 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
         )
         norms_B, *bounds = factor_norms(size, sites.exact(), [*sites.squared_norms(), in_passes])
         factors = jnp.where(mask, factor_of(*bounds), 0.0)
-        return state._replace(norms=norms_B, factors=factors)
+        return state._replace(norms=norms_B.astype(dtype), factors=factors.astype(dtype))
 
       def take_sums():
         # Of one parameter there may be sites of both kinds.
@@ -139,7 +139,8 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
     nothing = unflattened(treedef, leaves, {})
     zeros, *bounds = factor_norms(size, [], [])
     factors = jnp.where(mask, factor_of(*bounds), 0.0)
-    state = _Passes(jnp.zeros((), jnp.int32), zeros, factors, nothing)
+    start = jnp.zeros((), jnp.int32)
+    state = _Passes(start, zeros.astype(dtype), factors.astype(dtype), nothing)
     # How often it runs is known at run time only: nothing is gained by unrolling it.
     passes = jnp.where(jnp.any(mask), 2, 1)
     state = jax.lax.while_loop(lambda state: state.done < passes, one_pass, state)
