@@ -226,8 +226,9 @@ def make_step(
     # same numbers on every shard.
     clipped = reduce(accumulator.sum.value())
     noisy, noise_state = mechanism.add_noise(noise_key, state.step, clipped, noise_state)
+    counts = jax.tree.map(jnp.sum, accumulator._replace(sum=None))
     # The digest is of the same numbers that the optimizer takes.
-    noisy = privacy.settled(noisy, accumulator.examples)
+    noisy = privacy.settled(noisy, counts.examples)
     digest = jax.lax.with_sharding_constraint(privacy.digest(noisy), layout.whole())
     # The expected batch size is public, the sampled one is not.
     grads = jax.tree.map(lambda g: g / plan.expected_batch_size, noisy)
@@ -240,7 +241,6 @@ def make_step(
       opt_state=opt_state,
     )
     new_state = jax.lax.with_sharding_constraint(new_state, state_layout(layout, new_state))
-    counts = jax.tree.map(jnp.sum, accumulator._replace(sum=None))
     return new_state, noise_state, _diagnostics(counts, plan.private), digest
 
   return Step(
