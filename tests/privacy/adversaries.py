@@ -150,13 +150,15 @@ class Use(NamedTuple):
 class Case(NamedTuple):
   """Parameters (shapes) by name, the uses of each, and the type that products have.
 
-  `params_type` is the type of the parameters themselves.
+  `params_type` is the type of the parameters themselves. With `rest`, output gradients are what is
+  left of a product after its rounded value was taken away: nothing, or what its rounding took.
   """
 
   params: dict[str, tuple[int, ...]]
   uses: dict[str, tuple[Use, ...]]
   dtype: Any = jnp.float32
   params_type: Any = jnp.float32
+  rest: bool = False
 
   def loss(self, params, example):
     """sum(g * apply(x, w)) over all uses."""
@@ -164,6 +166,9 @@ class Case(NamedTuple):
     for name, uses in self.uses.items():
       for use, (x, g) in zip(uses, example[name], strict=True):
         x = x if use.rows else x.astype(self.dtype)
+        if self.rest:
+          u, v, product = g
+          g = u * v - product
         y = use.apply(x, params[name].astype(self.dtype)).reshape(use.y)
         total += jnp.sum(y.astype(jnp.float32) * g)
     return total
@@ -187,7 +192,11 @@ class Case(NamedTuple):
         a, b = a[: use.x[0], : use.x[1]], b[: use.y[0], : use.y[1]]
         with np.errstate(over='ignore'):
           a = np.argmax(np.abs(a), axis=1).astype(np.int32) if use.rows else a.astype(np.float32)
-          made[name].append((a, b.astype(np.float32)))
+          b = b.astype(np.float32)
+          if self.rest:
+            u, v = b[0], b[0, ::-1]
+            b = (u, v, np.broadcast_to(u * v, b.shape))
+          made[name].append((a, b))
         start += count
     return made
 
@@ -269,6 +278,8 @@ CASES = {
   'scale of many axes': Case({'w': (2,) * 16}, {'w': (_OF_MANY_AXES,)}),
   'long scale': _direct(_scale, 4096, 4),
   'with bias': Case(_WITH_BIAS, _BLOCK),
+  'rests': _product(64, 64, 24, rest=True),
+  'rests of a scale': _direct(_scale, 40, 128, rest=True),
 }
 for _name, _narrow in [('bfloat16', jnp.bfloat16), ('float16', jnp.float16)]:
   for _case in (

@@ -20,10 +20,10 @@ SECONDS = 0.6
 SEARCHED = {
   'bookkeeping': (
     'few tokens', 'square', 'wide', 'long', 'longest', 'large image', 'look-ups', 'tied',
-    'long over time', 'with bias', 'few tokens, bfloat16', 'tied, float16',
+    'long over time', 'with bias', 'few tokens, bfloat16', 'tied, float16', 'rests',
   ),
   'ghost': ('wide', 'long', 'look-ups', 'tied', 'over layers, bfloat16'),
-  'vmap': ('square', 'experts', 'wide scale', 'scale of many axes', 'with bias, bfloat16'),
+  'vmap': ('rests of a scale', 'square', 'experts', 'wide scale', 'scale of many axes', 'with bias, bfloat16'),
 }  # fmt: skip
 
 
@@ -49,7 +49,9 @@ def check(case, settings, rng, in_company=False, at_least=0.5):
   'strategy, case', [(strategy, case) for strategy, cases in SEARCHED.items() for case in cases]
 )
 def test_no_example_that_a_search_finds_contributes_more_than_clip_norm(rng, strategy, case):
-  check(case, Settings(strategy), rng)
+  # Rests are mostly nothing: that they are found to be is all there is to find.
+  at_least = 0 if CASES[case].rest else 0.5
+  check(case, Settings(strategy), rng, at_least=at_least)
 
 
 @pytest.mark.parametrize('case', ['few tokens', 'long over time', 'experts'])
