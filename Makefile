@@ -1,5 +1,6 @@
 # make demo   trains DP-Cap on generated scenes at epsilon 8, probes it, shows the result
 # make test   runs the tests
+# make check  runs those that take less than two minutes together
 # make clean  removes the virtual environment and the demo's run
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -8,10 +9,13 @@ READY := $(VENV)/ready
 RUN := runs/demo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test clean
+.PHONY: demo test check clean
 
 test: $(READY)
 	python -m pytest
+
+check: $(READY)
+	python -m pytest -m 'not long'
 
 demo: $(READY)
 	python -m dpcap.train --config=configs/demo.py --workdir=$(RUN)

@@ -9,9 +9,7 @@ checkpoint is the newest of the workdir, or the one that `checkpoint` names.
 import dpcap.ending  # noqa: F401, I001  before what takes long
 
 import pathlib
-from typing import Any
 
-import numpy as np
 from absl import flags
 
 from dpcap import command_line
@@ -19,8 +17,8 @@ from dpcap.errors import UserError
 from dpcap.evals import table
 from dpcap.training import processes
 from dpcap.training.compilation_cache import keep_compiled_programs
-from dpcap.training.evaluation import Evaluations
-from dpcap.training.workdir import newest_checkpoint, publish_statement
+from dpcap.training.evaluation import Evaluations, restore
+from dpcap.training.workdir import publish_statement
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The run; results go to its folder evals.')
@@ -41,51 +39,10 @@ def main() -> None:
   evaluations = Evaluations(config)
   folder = workdir / 'evals'
   with processes.end_together():
-    checkpoint, variables = _restore(evaluations, config.checkpoint, workdir)
+    checkpoint, variables = restore(evaluations, config.checkpoint, workdir)
     results = evaluations.run(variables, str(checkpoint), folder, cache=folder / 'cache')
   if processes.is_main():
     table.show(results)
-
-
-def _restore(
-  evaluations: Evaluations, named: str | None, workdir: pathlib.Path
-) -> tuple[pathlib.Path, Any]:
-  """The checkpoint to evaluate and its variables.
-
-  A run that goes on beside this may remove its newest checkpoint for a newer one, while it is read.
-  """
-  find = lambda: pathlib.Path(processes.from_main(lambda: str(find_checkpoint(named, workdir))))
-  checkpoint = find()
-  while True:
-    error = None
-    try:
-      variables = evaluations.restore(checkpoint)
-    except UserError as e:
-      error = e
-    if not processes.gather(np.array([error is not None])).any():
-      return checkpoint, variables
-    tried, checkpoint = checkpoint, find()
-    if tried == checkpoint:
-      raise error or UserError(f'{checkpoint}: another process cannot read it')
-
-
-def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
-  """The checkpoint to evaluate: the one named, or the newest of the workdir.
-
-  Raises:
-    UserError: if there is none.
-  """
-  if named:
-    path = pathlib.Path(named)
-    if not path.is_dir() or not path.name.isdigit():
-      raise UserError(
-        f'checkpoint is {named}; it must be a directory such as WORKDIR/checkpoints/1000'
-      )
-    return path
-  newest = newest_checkpoint(workdir)
-  if newest is None:
-    raise UserError(f'{workdir}/checkpoints: holds no checkpoint; train first')
-  return newest
 
 
 if __name__ == '__main__':

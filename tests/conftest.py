@@ -38,6 +38,22 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 # Files that take longest, for the most part by waiting: they start first, beside others.
 _LONGEST = ('test_processes', 'test_local', 'test_loop', 'test_mesh', 'test_strategies')
 
+# Files that take more than 20 s each: `make check` leaves them out.
+_LONG = {
+  *_LONGEST,
+  'test_accounting',
+  'test_bench_clipping',
+  'test_clipping',
+  'test_command_line',
+  'test_compilation_cache',
+  'test_evaluation',
+  'test_hard_inputs',
+  'test_loading',
+  'test_sensitivity',
+  'test_train_and_evaluate',
+  'test_worst_case',
+}
+
 # One cache of compiled programs for this process and those it starts.
 if 'DPCAP_TESTS_CACHE' not in os.environ:
   os.environ['DPCAP_TESTS_CACHE'] = tempfile.mkdtemp(prefix='dpcap-tests-')
@@ -57,6 +73,9 @@ def pytest_collection_modifyitems(items):
   """The longest files first, or the last of them would run alone in the end."""
   place = {name: i for i, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+  for item in items:
+    if item.path.stem in _LONG:
+      item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope='session')

@@ -17,6 +17,8 @@ Prints one JSON line per start:
 Exits 2 if an option is wrong or the run fails.
 """
 
+import dpcap.ending  # noqa: F401, I001  before what takes long
+
 import argparse
 import json
 import os

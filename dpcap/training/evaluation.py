@@ -20,6 +20,7 @@ from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer
 from dpcap.training.step import init_state
 from dpcap.training.training_data import TrainingData
+from dpcap.training.workdir import newest_checkpoint
 
 PyTree = Any
 
@@ -144,3 +145,52 @@ def _finite(tree: Any) -> Any:
   if isinstance(tree, (list, tuple)):
     return [_finite(value) for value in tree]
   return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def restore(
+  evaluations: Evaluations, named: str | None, workdir: pathlib.Path
+) -> tuple[pathlib.Path, Any]:
+  """The checkpoint to evaluate and its variables.
+
+  A run that goes on beside this may remove its newest checkpoint for a newer one, while it is read.
+
+  Args:
+    evaluations: whose model it is.
+    named: the checkpoint's directory, or None for the newest of `workdir`.
+    workdir: of the run.
+
+  Raises:
+    UserError: if there is none, or it cannot be restored.
+  """
+  find = lambda: pathlib.Path(processes.from_main(lambda: str(find_checkpoint(named, workdir))))
+  checkpoint = find()
+  while True:
+    error = None
+    try:
+      variables = evaluations.restore(checkpoint)
+    except UserError as e:
+      error = e
+    if not processes.gather(np.array([error is not None])).any():
+      return checkpoint, variables
+    tried, checkpoint = checkpoint, find()
+    if tried == checkpoint:
+      raise error or UserError(f'{checkpoint}: another process cannot read it')
+
+
+def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
+  """The checkpoint to evaluate: the one named, or the newest of the workdir.
+
+  Raises:
+    UserError: if there is none.
+  """
+  if named:
+    path = pathlib.Path(named)
+    if not path.is_dir() or not path.name.isdigit():
+      raise UserError(
+        f'checkpoint is {named}; it must be a directory such as WORKDIR/checkpoints/1000'
+      )
+    return path
+  newest = newest_checkpoint(workdir)
+  if newest is None:
+    raise UserError(f'{workdir}/checkpoints: holds no checkpoint; train first')
+  return newest

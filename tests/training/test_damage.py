@@ -6,9 +6,8 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from dpcap import evaluate
 from dpcap.errors import UserError
-from dpcap.training import damage
+from dpcap.training import damage, evaluation
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.step import TrainState
 from tests import checkpoint_files
@@ -101,8 +100,8 @@ def test_an_evaluation_looks_again_where_a_run_took_its_checkpoint_away(tmp_path
       return {'params': checkpoint.name}
 
   checkpoint_files.write(tmp_path / 'checkpoints/2', {})
-  checkpoint, variables = evaluate._restore(Evaluations(), None, tmp_path)
+  checkpoint, variables = evaluation.restore(Evaluations(), None, tmp_path)
   assert checkpoint == tmp_path / 'checkpoints/4' and variables == {'params': '4'}
   checkpoint_files.write(tmp_path / 'checkpoints/2', {})
   with pytest.raises(UserError, match='no such file|must be a directory'):
-    evaluate._restore(Evaluations(), str(tmp_path / 'checkpoints/2'), tmp_path)
+    evaluation.restore(Evaluations(), str(tmp_path / 'checkpoints/2'), tmp_path)
