@@ -38,18 +38,26 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 # Files that take longest, for the most part by waiting: they start first, beside others.
 _LONGEST = ('test_processes', 'test_local', 'test_loop', 'test_mesh', 'test_strategies')
 
-# Files that take more than 20 s each: `make check` leaves them out.
+# Files that take more than 10 s each: `make check` leaves them out.
 _LONG = {
   *_LONGEST,
   'test_accounting',
   'test_bench_clipping',
+  'test_blocks',
+  'test_captioner',
   'test_clipping',
   'test_command_line',
   'test_compilation_cache',
+  'test_computed_once',
   'test_evaluation',
   'test_hard_inputs',
   'test_loading',
+  'test_norms',
+  'test_oracle',
   'test_sensitivity',
+  'test_statement',
+  'test_step',
+  'test_tracing',
   'test_train_and_evaluate',
   'test_worst_case',
 }
