@@ -45,7 +45,8 @@ def bookkeeping(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
     direct_grads, gs = backward(jnp.ones_like(losses))
 
     # Norms.
-    sites = keep_sites(uses.groups, xs, gs, direct_grads, losses)
+    # The mask is the state of the loop that this is an attempt of, and so not known.
+    sites = keep_sites(uses.groups, xs, gs, direct_grads, (mask, losses))
     norms, *bounds = factor_norms(size, sites.exact(), sites.squared_norms())
     factors = jnp.where(mask, factor_of(*bounds), 0.0)
 

@@ -180,8 +180,9 @@ def _vmap(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
   """The definition of right: every example's whole gradient, by jax.vmap of jax.grad."""
   del jaxpr
   losses, grads = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))(params, batch)
-  # Norm and sum are of the same numbers.
-  grads = settled(jax.tree.map(at_least_float32, grads), losses)
+  # Norm and sum are of the same numbers. Of a loss that is constant the gradient need not be.
+  grads = jax.tree.map(at_least_float32, grads)
+  grads = settled(grads, (grads, losses))
   norms, *bounds = factor_norms(mask.size, jax.tree.leaves(grads), [])
   factors = jnp.where(mask & jnp.isfinite(norms), factor_of(*bounds), 0.0)
 

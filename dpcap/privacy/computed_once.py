@@ -15,7 +15,7 @@ import jax.numpy as jnp
 PyTree = Any
 
 
-def settled(tree: PyTree, witness: jax.Array) -> PyTree:
+def settled(tree: PyTree, witness: PyTree) -> PyTree:
   """The same arrays, as numbers in memory that all further uses read.
 
   They go through a loop that never runs. That it does not is known at run time only, and it would
@@ -23,9 +23,13 @@ def settled(tree: PyTree, witness: jax.Array) -> PyTree:
 
   Args:
     tree: of arrays of any type.
-    witness: real numbers, none of them known when the program is compiled.
+    witness: of arrays, at least one of which is not known when the program is compiled, whatever
+      the loss, the parameters and the batch are: the state of a loop, or `tree` itself.
   """
-  never = jnp.sum(witness != witness) > witness.size
+  witness = jax.tree.leaves(witness)
+  count = sum(jnp.sum(w != 0, dtype=jnp.float32) for w in witness)
+  # Not more than there are; twice, as large counts are rounded.
+  never = count > 1.0 + 2.0 * sum(w.size for w in witness)
   changed = lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else ~x
 
   def body(state):

@@ -113,7 +113,7 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
       told = jnp.where(first, _NORMS, state.factors)
       tell = lambda w: jnp.broadcast_to(told, w.shape).astype(w.dtype)
       sums, direct_grads, gs, of_alone = backward((seeds, jax.tree.map(tell, weights)))
-      sites = keep_sites(kept_groups, xs, gs, direct_grads, losses)
+      sites = keep_sites(kept_groups, xs, gs, direct_grads, (state.factors, losses))
 
       def take_norms():
         in_passes = SquaredNorm(

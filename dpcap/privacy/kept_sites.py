@@ -3,7 +3,7 @@
 import collections
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ _UNCOUNTED = 8e-6
 
 # Entries of a parameter whose gradients are copied without a thought.
 _SMALL = 4096
+
+PyTree = Any
 
 # What the sites of a group were fed, and the gradients of their outputs.
 _Arrays = tuple[list[jax.Array], list[jax.Array]]
@@ -88,7 +90,7 @@ def keep_sites(
   xs: dict[Path, jax.Array],
   gs: dict[Path, jax.Array],
   direct: dict[int, jax.Array],
-  witness: jax.Array,
+  witness: PyTree,
 ) -> KeptSites:
   """Forms the gradients that are smaller than what they are made of, keeps the rest as it is.
 
@@ -143,9 +145,9 @@ def factor_norms(
 
 
 def _with_small_ones_joined(arrays_B: Sequence[jax.Array]) -> list[jax.Array]:
-  """The same entries of (B, ...) arrays in fewer arrays: a network has hundreds of biases.
+  """The same entries of (B, ...) arrays in fewer arrays.
 
-  A sum for each takes longer to compile than all the rest of a step.
+  A network has hundreds of biases, and a sum for each takes long to compile.
   """
   flat = [g.reshape(len(g), math.prod(g.shape[1:])) for g in arrays_B]
   small = [g for g in flat if g.shape[1] <= _SMALL]

@@ -25,8 +25,20 @@ def _rest(example):
   return example['u'] * example['s'] - example['z']
 
 
+@jax.custom_vjp
+def _without_value(y, g):
+  """Sum of y * g, but for its value."""
+  del y, g
+  return jnp.zeros(())
+
+
+_without_value.defvjp(
+  lambda y, g: (jnp.zeros(()), g), lambda g, cotangent: (cotangent * g, jnp.zeros_like(g))
+)
+
+
 # Parameters, and the loss of an example: the rest as an output's gradient, as an input, as a
-# parameter's gradient, and where several layers share a program.
+# parameter's gradient, of a loss whose value says nothing, and where layers share a program.
 LOSSES = {
   'gradient': (
     {'w': (_IN, _OUT)},
@@ -39,6 +51,14 @@ LOSSES = {
   'direct': (
     {'b': (_TOKENS, _OUT)},
     lambda p, e: jnp.sum(p['b'] * _rest(e)),
+  ),
+  'constant loss': (
+    {'w': (_IN, _OUT)},
+    lambda p, e: _without_value(e['x'] @ p['w'], _rest(e)),
+  ),
+  'constant loss, direct': (
+    {'b': (_TOKENS, _OUT)},
+    lambda p, e: _without_value(p['b'] + e['z'], _rest(e)),
   ),
   'layers': (
     {f'w{i}': (_IN, _OUT) for i in range(3)},
@@ -69,7 +89,7 @@ def test_a_rest_of_large_terms_is_bounded_as_it_is_summed(name, strategy, mapped
 def test_it_changes_nothing():
   tree = {'f': jnp.array([1.5, np.nan, -0.0]), 'i': jnp.arange(3), 'b': jnp.array([True, False])}
   tree |= {'h': jnp.array([1.5, -2], jnp.bfloat16), 'none': jnp.zeros((0, 3))}
-  for witness in (jnp.ones(3), jnp.full(3, jnp.nan)):
+  for witness in (jnp.ones(3), jnp.full(3, jnp.nan), tree, {}):
     out = jax.jit(settled)(tree, witness)
     for key, x in tree.items():
       assert out[key].dtype == x.dtype
