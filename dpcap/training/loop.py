@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import math
@@ -30,21 +29,13 @@ from dpcap.training.evaluation import Evaluations
 from dpcap.training.fatal_records import FatalRecords
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
+from dpcap.training.ownership import check_workdir, lock, secrets_directory
 from dpcap.training.progress import Progress, doing
 from dpcap.training.step import TrainState, example_loss, init_state, make_step
 from dpcap.training.workdir import check_length, publish_statement, read_statement, write_whole
 
 # Exit status of a run that was asked to stop: what shells report for SIGTERM.
 STOPPED = 143
-
-
-def secrets_directory(workdir: pathlib.Path) -> pathlib.Path:
-  """Where the keys of a run lie: beside its workdir, which may be shared, not in it.
-
-  Beside the directory itself, by whatever path or link it is named: one run has one ledger.
-  """
-  workdir = workdir.resolve()
-  return workdir.with_name(workdir.name + '.secrets')
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainState | None:
@@ -79,7 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
     with (
       processes.end_together(),
       _stop_requests() as stop,
-      _lock(workdir),
+      lock(workdir),
       _Run(config, workdir, source, plan) as run,
     ):
       while run.done < config.train.steps:
@@ -108,7 +99,7 @@ class _Run:
   ):
     self._config, self._workdir, self._source, self._plan = config, workdir, source, plan
     self._tokenizer = build.make_tokenizer(config)
-    processes.from_main(lambda: _check_workdir(config, workdir))
+    processes.from_main(lambda: check_workdir(config, workdir))
     # Before the manager of checkpoints looks for the newest one.
     for line in processes.from_main(lambda: set_aside(workdir / 'checkpoints')):
       if processes.is_main():
@@ -505,58 +496,6 @@ def _say_plan(plan: privacy.PrivacyPlan) -> None:
     f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}',
     file=sys.stderr,
   )
-
-
-def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Refuses a workdir of another run, and keys and workdir that lost each other.
-
-  Raises:
-    UserError: naming the key that differs, or what to do.
-  """
-  path, store = workdir / 'config.json', secrets_directory(workdir)
-  if not path.exists():
-    if privacy.KeyStore.is_used(store):
-      raise UserError(
-        f'{store}: holds the keys of a run whose workdir is gone; remove it to start a new run'
-        ' (what was released under those keys stays released)'
-      )
-    return
-  if not (store / 'keys.json').exists():
-    raise UserError(
-      f'{store / "keys.json"}: not found, but {workdir} holds a run; without its keys it cannot go'
-      ' on (bring the directory back, or start in a new workdir)'
-    )
-  if not privacy.KeyStore.is_used(store):
-    return  # it never came to its first step
-  try:
-    old = config_lib.fixed_part(path.read_text())
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
-    raise UserError(f'{path}: damaged, not the config of a run ({e!r})') from e
-  new = config_lib.fixed_part(config_lib.to_json(config))
-  for key in sorted(new.keys() | old.keys()):
-    if old.get(key) != new.get(key):
-      raise UserError(
-        f'{workdir}: holds a run with {key} = {old.get(key)!r}, this config has'
-        f' {new.get(key)!r}; resume with the same config, or take another workdir'
-      )
-
-
-@contextlib.contextmanager
-def _lock(workdir: pathlib.Path):
-  """Keeps a second process from the run: two would write one ledger."""
-  directory = secrets_directory(workdir)
-  with contextlib.ExitStack() as stack:
-
-    def take():
-      directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-      file = stack.enter_context((directory / 'lock').open('w'))
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise UserError(f'{workdir}: another process is training this run') from None
-
-    processes.from_main(take)
-    yield
 
 
 @contextlib.contextmanager
