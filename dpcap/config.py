@@ -16,7 +16,8 @@ from ml_collections import config_dict
 
 from dpcap import data, evals, models
 from dpcap.errors import UserError
-from dpcap.schema import EVALUATORS, SECTIONS, SOURCES, Key
+from dpcap.key import Key
+from dpcap.schema import EVALUATORS, SECTIONS, SOURCES
 
 
 def base_config() -> ml_collections.ConfigDict:

@@ -1,39 +1,8 @@
 """The schema of a config: every key, its type, its default and what is allowed."""
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 from dpcap import data, evals, models, privacy
+from dpcap.key import FRACTION, GIVEN, NOT_NEGATIVE, POSITIVE, Key
 
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-  """One entry of a config.
-
-  Attributes:
-    kind: its type; an int does for a float.
-    default: None needs `optional`.
-    help: what it means, with units.
-    allowed: the values it may take, if they can be listed.
-    check: what it must fulfil, as (predicate, its description).
-    optional: whether None is allowed.
-    fixed: whether a run that resumes must keep it, because it bears on what is computed.
-  """
-
-  kind: type
-  default: Any
-  help: str
-  allowed: tuple[str, ...] | None = None
-  check: tuple[Callable[[Any], bool], str] | None = None
-  optional: bool = False
-  fixed: bool = True
-
-
-_GIVEN = (bool, 'given')
-_POSITIVE = (lambda x: x > 0, 'above 0')
-_NOT_NEGATIVE = (lambda x: x >= 0, '0 or more')
-_FRACTION = (lambda x: 0 <= x < 1, 'from 0 to below 1')
 _AREA_RANGE = (
   lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
   'two fractions of the area, 0 < smallest <= largest <= 1',
@@ -43,14 +12,14 @@ SECTIONS = {
   'model': {
     'name': Key(str, 'captioner', 'what is trained', tuple(models.MODELS)),
     'size': Key(str, 'base', 'its size', tuple(models.SIZES)),
-    'patch_size': Key(int, None, "pixels; None: the size's own", check=_POSITIVE, optional=True),
+    'patch_size': Key(int, None, "pixels; None: the size's own", check=POSITIVE, optional=True),
     'dtype': Key(str, 'float32', 'compute type; parameters are float32', tuple(models.DTYPES)),
     'scan_blocks': Key(
       bool, False, 'compile one block of each kind, which runs as a scan; parameters are stacked'
     ),
   },
   'data': {
-    'image_size': Key(int, 224, 'side of the images, pixels', check=_POSITIVE),
+    'image_size': Key(int, 224, 'side of the images, pixels', check=POSITIVE),
     'text_length': Key(
       int, 40, 'tokens, with [CLS] and [SEP]', check=(lambda x: x >= 3, 'at least 3')
     ),
@@ -68,22 +37,22 @@ SECTIONS = {
       int,
       None,
       'the N that the source must have; None: what it has',
-      check=_POSITIVE,
+      check=POSITIVE,
       optional=True,
     ),
-    'workers': Key(int, 1, 'processes that load data; 0: none', check=_NOT_NEGATIVE, fixed=False),
+    'workers': Key(int, 1, 'processes that load data; 0: none', check=NOT_NEGATIVE, fixed=False),
     'worker_timeout_s': Key(
       float,
       data.WORKER_TIMEOUT_S,
       'a process that gives nothing for so many seconds has hung: the run ends; None: never',
-      check=_POSITIVE,
+      check=POSITIVE,
       optional=True,
       fixed=False,
     ),
   },
   'privacy': {
     'adjacency': Key(str, 'zero_out', 'what neighbouring data sets are', ('zero_out',)),
-    'clip_norm': Key(float, 1.0, 'C', check=_POSITIVE),
+    'clip_norm': Key(float, 1.0, 'C', check=POSITIVE),
     'clipping': Key(
       str,
       'auto',
@@ -103,7 +72,7 @@ SECTIONS = {
       float,
       None,
       'of clip_function automatic; None: 0.01',
-      check=_POSITIVE,
+      check=POSITIVE,
       optional=True,
     ),
     'mechanism': Key(str, 'gaussian', 'how noise is added', tuple(privacy.MECHANISMS)),
@@ -112,11 +81,11 @@ SECTIONS = {
       int,
       None,
       'most that a draw of sampler truncated_poisson holds; None: 8 deviations above the mean',
-      check=_POSITIVE,
+      check=POSITIVE,
       optional=True,
     ),
     'accountant': Key(str, 'pld', 'what epsilon is read by', tuple(privacy.ACCOUNTANTS)),
-    'expected_batch_size': Key(int, 1024, 'mean size of a logical batch', check=_POSITIVE),
+    'expected_batch_size': Key(int, 1024, 'mean size of a logical batch', check=POSITIVE),
     'delta': Key(
       float, None, 'None: 1 / N', check=(lambda x: 0 < x < 1, 'above 0, below 1'), optional=True
     ),
@@ -124,39 +93,39 @@ SECTIONS = {
       float,
       None,
       'noise is calibrated to it; inf: a run without privacy',
-      check=_POSITIVE,
+      check=POSITIVE,
       optional=True,
     ),
-    'noise_multiplier': Key(float, None, 'sigma, in units of C', check=_POSITIVE, optional=True),
+    'noise_multiplier': Key(float, None, 'sigma, in units of C', check=POSITIVE, optional=True),
     'seed': Key(
       int,
       None,
       'fixed keys for tests, voids the guarantee; None: entropy',
       optional=True,
-      check=_NOT_NEGATIVE,
+      check=NOT_NEGATIVE,
     ),
   },
   'optimizer': {
     'name': Key(str, 'adamw', 'the optimizer', ('adamw',)),
-    'learning_rate': Key(float, 5e-4, 'at its peak', check=_POSITIVE),
-    'warmup_steps': Key(int, 0, 'linear, from 0', check=_NOT_NEGATIVE),
+    'learning_rate': Key(float, 5e-4, 'at its peak', check=POSITIVE),
+    'warmup_steps': Key(int, 0, 'linear, from 0', check=NOT_NEGATIVE),
     'decay_steps': Key(
       int,
       None,
       'end of the cosine, warm-up counted in; None: train.steps',
-      check=_POSITIVE,
+      check=POSITIVE,
       optional=True,
     ),
-    'b1': Key(float, 0.9, 'decay of the first moment', check=_FRACTION),
-    'b2': Key(float, 0.95, 'decay of the second moment', check=_FRACTION),
+    'b1': Key(float, 0.9, 'decay of the first moment', check=FRACTION),
+    'b2': Key(float, 0.95, 'decay of the second moment', check=FRACTION),
     'weight_decay': Key(
-      float, 0.005, 'of matrices; biases and scales have none', check=_NOT_NEGATIVE
+      float, 0.005, 'of matrices; biases and scales have none', check=NOT_NEGATIVE
     ),
   },
   'mesh': {
-    'physical_batch': Key(int, 16, 'examples at a time on a device', check=_POSITIVE, fixed=False),
+    'physical_batch': Key(int, 16, 'examples at a time on a device', check=POSITIVE, fixed=False),
     'batches_per_chunk': Key(
-      int, 8, 'physical batches per transfer to the device', check=_POSITIVE, fixed=False
+      int, 8, 'physical batches per transfer to the device', check=POSITIVE, fixed=False
     ),
     'remat': Key(
       bool, False, 'compute the inside of blocks again in the backward pass', fixed=False
@@ -165,15 +134,15 @@ SECTIONS = {
       int,
       1,
       'devices that share the parameters between them; 1: each has them all',
-      check=_POSITIVE,
+      check=POSITIVE,
       fixed=False,
     ),
   },
   'train': {
-    'steps': Key(int, 1000, 'logical batches', check=_POSITIVE),
-    'model_seed': Key(int, 0, 'of the initial parameters; public', check=_NOT_NEGATIVE),
-    'log_every': Key(int, 10, 'steps', check=_POSITIVE, fixed=False),
-    'checkpoint_every': Key(int, 100, 'steps', check=_POSITIVE, fixed=False),
+    'steps': Key(int, 1000, 'logical batches', check=POSITIVE),
+    'model_seed': Key(int, 0, 'of the initial parameters; public', check=NOT_NEGATIVE),
+    'log_every': Key(int, 10, 'steps', check=POSITIVE, fixed=False),
+    'checkpoint_every': Key(int, 100, 'steps', check=POSITIVE, fixed=False),
     'evaluate_at': Key(
       tuple,
       (),
@@ -181,7 +150,7 @@ SECTIONS = {
       check=(lambda x: all(type(n) is int and n > 0 for n in x), 'positive whole numbers'),
       fixed=False,
     ),
-    'keep_checkpoints': Key(int, 3, 'the latest ones', check=_POSITIVE, fixed=False),
+    'keep_checkpoints': Key(int, 3, 'the latest ones', check=POSITIVE, fixed=False),
     'diagnostics': Key(
       bool,
       True,
@@ -195,7 +164,7 @@ SECTIONS = {
 SOURCES = {
   'scenes': {
     'split': Key(str, 'train', 'which scenes', ('train', 'validation', 'test')),
-    'size': Key(int, 100_000, 'how many scenes', check=_POSITIVE),
+    'size': Key(int, 100_000, 'how many scenes', check=POSITIVE),
     'label': Key(str, 'color', 'what the label tells', tuple(data.SCENE_LABELS)),
   },
   'tar_shards': {
@@ -203,7 +172,7 @@ SOURCES = {
       str,
       '',
       'folder, glob, brace range or URL of the tar shards, or a manifest of tools.index_shards',
-      check=_GIVEN,
+      check=GIVEN,
     ),
     'image_keys': Key(
       str,
@@ -211,7 +180,7 @@ SOURCES = {
       "extension of the image, all that follows the first dot; several as 'jpg,png'; None: the"
       ' usual ones',
       optional=True,
-      check=_GIVEN,
+      check=GIVEN,
     ),
     'caption_key': Key(
       str, 'txt', "extension of the caption, or 'json:FIELD', which may be a list of captions"
@@ -226,11 +195,11 @@ SOURCES = {
     ),
   },
   'image_folder': {
-    'path': Key(str, '', 'folder of the splits, in them one of each class', check=_GIVEN),
-    'split': Key(str, '', 'folder of the split', check=_GIVEN),
+    'path': Key(str, '', 'folder of the splits, in them one of each class', check=GIVEN),
+    'split': Key(str, '', 'folder of the split', check=GIVEN),
   },
   'tfds': {
-    'dataset': Key(str, '', 'name[/config][:version], prepared as array_record', check=_GIVEN),
+    'dataset': Key(str, '', 'name[/config][:version], prepared as array_record', check=GIVEN),
     'split': Key(str, 'train', 'split, in the TFDS slicing language'),
     'data_dir': Key(str, None, 'None: the TFDS default', optional=True),
     'image_key': Key(str, 'image', 'feature with the image'),
@@ -254,7 +223,7 @@ _TEMPLATES = (
 # What evaluators of features share.
 _PAIR = {'train': SOURCES, 'test': SOURCES}
 _FEATURES = Key(str, 'model', 'what the features are of', evals.FEATURES)
-_BATCH_SIZE = Key(int, 256, 'images at a time', check=_POSITIVE)
+_BATCH_SIZE = Key(int, 256, 'images at a time', check=POSITIVE)
 
 _OWN_KEYS = {
   'linear_probe': {
@@ -265,8 +234,8 @@ _OWN_KEYS = {
   'linear_probe_sgd': {
     **_PAIR,
     'optimizer': Key(str, 'lars', 'momentum 0.9, no weight decay', evals.PROBE_OPTIMIZERS),
-    'epochs': Key(int, 90, 'passes over the training images', check=_POSITIVE),
-    'warmup_epochs': Key(int, 10, 'of these', check=_NOT_NEGATIVE),
+    'epochs': Key(int, 90, 'passes over the training images', check=POSITIVE),
+    'warmup_epochs': Key(int, 10, 'of these', check=NOT_NEGATIVE),
     'base_learning_rates': Key(
       tuple,
       (0.1,),
@@ -276,48 +245,48 @@ _OWN_KEYS = {
         'one or more numbers above 0',
       ),
     ),
-    'probe_batch_size': Key(int, 16_384, 'images of a step', check=_POSITIVE),
+    'probe_batch_size': Key(int, 16_384, 'images of a step', check=POSITIVE),
     'augment': Key(bool, True, 'random crops and flips in every epoch'),
-    'batch_size': Key(int, 256, 'images at a time in the encoder', check=_POSITIVE),
+    'batch_size': Key(int, 256, 'images at a time in the encoder', check=POSITIVE),
   },
   'fine_tune': {
     **_PAIR,
-    'epochs': Key(int, 100, 'passes over the training images', check=_POSITIVE),
-    'warmup_epochs': Key(int, 5, 'of these', check=_NOT_NEGATIVE),
-    'base_learning_rate': Key(float, 5e-4, 'times train_batch_size / 256', check=_POSITIVE),
+    'epochs': Key(int, 100, 'passes over the training images', check=POSITIVE),
+    'warmup_epochs': Key(int, 5, 'of these', check=NOT_NEGATIVE),
+    'base_learning_rate': Key(float, 5e-4, 'times train_batch_size / 256', check=POSITIVE),
     'layer_decay': Key(
       float,
       0.65,
       "a layer's learning rate over that of the layer above",
       check=(lambda x: 0 < x <= 1, 'above 0, at most 1'),
     ),
-    'weight_decay': Key(float, 0.05, 'of matrices', check=_NOT_NEGATIVE),
-    'label_smoothing': Key(float, 0.1, 'share that all classes have alike', check=_FRACTION),
-    'train_batch_size': Key(int, 1024, 'images of a step', check=_POSITIVE),
-    'batch_size': Key(int, 64, 'images at a time', check=_POSITIVE),
+    'weight_decay': Key(float, 0.05, 'of matrices', check=NOT_NEGATIVE),
+    'label_smoothing': Key(float, 0.1, 'share that all classes have alike', check=FRACTION),
+    'train_batch_size': Key(int, 1024, 'images of a step', check=POSITIVE),
+    'batch_size': Key(int, 64, 'images at a time', check=POSITIVE),
   },
   'private_probe': {
     **_PAIR,
     'features': _FEATURES,
-    'epsilon': Key(float, 1.0, 'of the probe, for its training images', check=_POSITIVE),
-    'delta': Key(float, None, 'None: 1 / N', check=_FRACTION, optional=True),
-    'clip_norm': Key(float, 1.0, "of an example's gradient", check=_POSITIVE),
-    'expected_batch_size': Key(int, 1024, 'Poisson-sampled', check=_POSITIVE),
-    'steps': Key(int, 200, 'noisy gradients', check=_POSITIVE),
-    'learning_rate': Key(float, 4.0, 'at the start; falls to zero as a cosine', check=_POSITIVE),
+    'epsilon': Key(float, 1.0, 'of the probe, for its training images', check=POSITIVE),
+    'delta': Key(float, None, 'None: 1 / N', check=FRACTION, optional=True),
+    'clip_norm': Key(float, 1.0, "of an example's gradient", check=POSITIVE),
+    'expected_batch_size': Key(int, 1024, 'Poisson-sampled', check=POSITIVE),
+    'steps': Key(int, 200, 'noisy gradients', check=POSITIVE),
+    'learning_rate': Key(float, 4.0, 'at the start; falls to zero as a cosine', check=POSITIVE),
     'batch_size': _BATCH_SIZE,
   },
   'few_shot': {
     **_PAIR,
     'features': _FEATURES,
     'shots': Key(tuple, (1, 2, 5, 10), 'images per class', check=_COUNTS),
-    'draws': Key(int, 5, 'how many times the images are drawn', check=_POSITIVE),
+    'draws': Key(int, 5, 'how many times the images are drawn', check=POSITIVE),
     'batch_size': _BATCH_SIZE,
   },
   'knn': {
     **_PAIR,
     'features': _FEATURES,
-    'k': Key(int, 20, 'how many neighbours vote', check=_POSITIVE),
+    'k': Key(int, 20, 'how many neighbours vote', check=POSITIVE),
     'batch_size': _BATCH_SIZE,
   },
   'retrieval': {
@@ -329,9 +298,9 @@ _OWN_KEYS = {
   'captions': {
     'source': SOURCES,
     'images': Key(
-      int, 24, 'how many held-out images to caption; None: all', check=_POSITIVE, optional=True
+      int, 24, 'how many held-out images to caption; None: all', check=POSITIVE, optional=True
     ),
-    'batch_size': Key(int, 32, 'images at a time', check=_POSITIVE),
+    'batch_size': Key(int, 32, 'images at a time', check=POSITIVE),
     'max_tokens': Key(
       int,
       None,
@@ -340,12 +309,12 @@ _OWN_KEYS = {
       optional=True,
     ),
     'method': Key(str, 'greedy', 'how captions are written', tuple(evals.CAPTION_METHODS)),
-    'beams': Key(int, None, 'of method beam; None: 4', check=_POSITIVE, optional=True),
+    'beams': Key(int, None, 'of method beam; None: 4', check=POSITIVE, optional=True),
     'length_penalty': Key(
       float,
       None,
       'of method beam: log probability / tokens^length_penalty is compared; None: 1',
-      check=_NOT_NEGATIVE,
+      check=NOT_NEGATIVE,
       optional=True,
     ),
     'top_p': Key(
@@ -355,8 +324,8 @@ _OWN_KEYS = {
       check=(lambda x: 0 < x <= 1, 'above 0, at most 1'),
       optional=True,
     ),
-    'temperature': Key(float, None, 'of method nucleus; None: 1', check=_POSITIVE, optional=True),
-    'seed': Key(int, None, 'of method nucleus; None: 0', check=_NOT_NEGATIVE, optional=True),
+    'temperature': Key(float, None, 'of method nucleus; None: 1', check=POSITIVE, optional=True),
+    'seed': Key(int, None, 'of method nucleus; None: 0', check=NOT_NEGATIVE, optional=True),
   },
   'zero_shot': {
     'source': SOURCES,
@@ -387,24 +356,24 @@ _OWN_KEYS = {
       "a class a line, synonyms parted by commas; None: the source's class names",
       optional=True,
     ),
-    'batch_size': Key(int, 32, 'images at a time', check=_POSITIVE),
+    'batch_size': Key(int, 32, 'images at a time', check=POSITIVE),
   },
   'aro_scenes': {
     'source': {'scenes': SOURCES['scenes']},
     'test': Key(str, 'attributes', 'how false captions are made', evals.ARO_SCENES_TESTS),
-    'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
+    'batch_size': Key(int, 64, 'cases at a time', check=POSITIVE),
   },
   'aro_order': {
-    'annotations': Key(str, '', 'a list of {image, caption: [...]} as JSON', check=_GIVEN),
-    'images': Key(str, '', 'folder of the images', check=_GIVEN),
-    'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
+    'annotations': Key(str, '', 'a list of {image, caption: [...]} as JSON', check=GIVEN),
+    'images': Key(str, '', 'folder of the images', check=GIVEN),
+    'batch_size': Key(int, 64, 'cases at a time', check=POSITIVE),
   },
   'aro_visual_genome': {
     'annotations': Key(
-      str, '', 'visual_genome_relation.json or visual_genome_attribution.json', check=_GIVEN
+      str, '', 'visual_genome_relation.json or visual_genome_attribution.json', check=GIVEN
     ),
-    'images': Key(str, '', 'folder of the images', check=_GIVEN),
-    'batch_size': Key(int, 64, 'cases at a time', check=_POSITIVE),
+    'images': Key(str, '', 'folder of the images', check=GIVEN),
+    'batch_size': Key(int, 64, 'cases at a time', check=POSITIVE),
   },
 }
 
