@@ -83,6 +83,17 @@ def test_of_values_of_a_key_the_last_one_counts(program):
   assert (found['noise_multiplier'], found['delta'], found['dataset_size']) == (5, 1e-3, 400)
 
 
+def test_a_simulation_s_figures_stand_beside_those_of_the_run_that_it_simulates(program):
+  arguments = (_TINY, '--config.privacy.simulation_divisor=5')
+  output, errors = program('tools.privacy', *arguments).communicate(timeout=60)
+  found = json.loads(output)
+  assert found['epsilon_rdp'] is None and found['epsilon_pld'] is None, errors
+  assert (found['expected_batch_size'], found['noise_multiplier']) == (4, 0.8)
+  run = found['simulates']
+  assert 0 < run['epsilon_pld'] < run['epsilon_rdp'] and run['expected_batch_size'] == 20
+  assert set(run) == set(found) - {'simulates'}
+
+
 _CONFIG_FILES = {
   "def f():\n  return {}['x']\n\ndef get_config():\n  return f()\n": ":2: KeyError: 'x'",
   'def get_config():\n  raise TypeError("no")\n': ':2: TypeError: no',

@@ -142,14 +142,14 @@ def make_step(
     optimizer: applied to the noisy mean gradient.
     plan: the privacy parameters.
     layout: which device holds what.
-    clipping: strategy of `clipped_sum`; a plan without privacy takes the plain sum.
+    clipping: strategy of `clipped_sum`; a plan without noise takes the plain sum.
     clip_function: from gradient norms to the factors that examples are scaled by.
   """
   mechanism = plan.make_mechanism()
 
   def gradient_sum(frozen, params, examples, mask) -> privacy.ClippedSum:
     loss_fn = example_loss(model, frozen)
-    if not plan.private:
+    if not plan.noisy:
       return privacy.plain_sum(loss_fn, params, examples, mask)
     return privacy.clipped_sum(
       loss_fn,
@@ -241,7 +241,7 @@ def make_step(
       opt_state=opt_state,
     )
     new_state = jax.lax.with_sharding_constraint(new_state, state_layout(layout, new_state))
-    return new_state, noise_state, _diagnostics(counts, plan.private), digest
+    return new_state, noise_state, _diagnostics(counts, plan.noisy), digest
 
   return Step(
     zero=jax.jit(zero),

@@ -39,10 +39,27 @@ def test_epsilon_is_met_from_below_and_delta_defaults_to_one_over_n():
   assert not build.make_plan(config, 400).private
 
 
+@pytest.mark.parametrize('given', ['noise_multiplier', 'epsilon'])
+def test_a_simulation_divides_batch_and_noise_of_the_run_as_it_would_be(given):
+  config = tiny.get_config()
+  if given == 'epsilon':
+    config.privacy.noise_multiplier, config.privacy.epsilon = None, 0.5
+  run = build.make_plan(config, 400)
+  config.privacy.simulation_divisor = 4
+  plan = build.make_plan(config, 400)
+  assert plan == run.simulation(4) and not plan.private
+  assert plan.expected_batch_size == 5
+  assert plan.noise_multiplier == run.noise_multiplier / 4
+  config.privacy.noise_multiplier, config.privacy.epsilon = None, math.inf
+  with pytest.raises(UserError, match="config.privacy: simulation_divisor is 4; .*'none'"):
+    build.make_plan(config, 400)
+
+
 @pytest.mark.parametrize(
   'key, value, said',
   [
     ('sampler', 'shuffle', 'shuffle'),
+    ('simulation_divisor', 3, 'divides expected_batch_size, 20'),
     ('expected_batch_size', 401, '401'),
     ('clip_norm', math.inf, 'clip_norm is inf'),
   ],
