@@ -28,7 +28,7 @@ _TINY = '--config=tests/tiny.py'
   [
     ([], ['--config']),
     (['--config=configs/none.py'], ['configs/none.py', 'No such file']),
-    (['--config=configs/dpcap_less_data.py:2percent'], ["'2percent'", '10percent, 1percent']),
+    (['--config=configs/dpcap.py:2percent'], ["'2percent'", '100percent, 10percent, 1percent']),
     ([_TINY, '--config.privacy.epsilom=3'], ['privacy.epsilom', 'did you mean epsilon']),
     ([_TINY, '--config.privacy.foo=None'], ['privacy.foo', 'no key']),
     ([_TINY, '--config.privacy.delta=much'], ['privacy.delta', 'much', 'float']),
