@@ -22,8 +22,8 @@ SCALES = ('cpu', 'smoke')
 # The paper's sizes; width grows with them, by half the way.
 _SIZES = {'nano': 'micro', 'tiny': 'micro', 'small': 'demo', 'base': 'demo', 'large': 'demo_wide'}
 
-_PROBES = {'linear_probe': 'model', 'untrained': 'untrained', 'pixels': 'pixels'}
-_LABELS = ('count', 'shape', 'color')
+_PROBES = {'linear_probe': 'model', 'untrained': 'untrained', 'hog': 'hog', 'pixels': 'pixels'}
+_LABELS = ('count', 'shape', 'color', 'color_shape')
 EVALUATIONS = (
   *(f'{label}_{what}' for label in _LABELS for what in (*_PROBES, 'few_shot')),
   'color_zero_shot',
@@ -81,7 +81,8 @@ def _make_tiny(config):
 
 def _evaluation(name, train_size, test_size, few):
   """An entry of `evals` on so many training and test images, `few` where each is read by words."""
-  label, _, what = name.partition('_')
+  label = max((label for label in _LABELS if name.startswith(f'{label}_')), key=len, default='aro')
+  what = name.removeprefix(f'{label}_')
   scenes = lambda split, size, label: config_lib.source_config(
     'scenes', split=split, size=size, label=label
   )
