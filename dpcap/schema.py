@@ -9,15 +9,6 @@ _AREA_RANGE = (
 )
 
 SECTIONS = {
-  'model': {
-    'name': Key(str, 'captioner', 'what is trained', tuple(models.MODELS)),
-    'size': Key(str, 'base', 'its size', tuple(models.SIZES)),
-    'patch_size': Key(int, None, "pixels; None: the size's own", check=POSITIVE, optional=True),
-    'dtype': Key(str, 'float32', 'compute type; parameters are float32', tuple(models.DTYPES)),
-    'scan_blocks': Key(
-      bool, False, 'compile one block of each kind, which runs as a scan; parameters are stacked'
-    ),
-  },
   'data': {
     'image_size': Key(int, 224, 'side of the images, pixels', check=POSITIVE),
     'text_length': Key(
@@ -33,6 +24,12 @@ SECTIONS = {
       optional=True,
     ),
     'flip': Key(bool, True, 'mirror at random'),
+    'views': Key(
+      int,
+      1,
+      'how many times a drawn record is augmented; its gradient is the mean over them, clipped once',
+      check=POSITIVE,
+    ),
     'dataset_size': Key(
       int,
       None,
@@ -141,6 +138,14 @@ SECTIONS = {
   'train': {
     'steps': Key(int, 1000, 'logical batches', check=POSITIVE),
     'model_seed': Key(int, 0, 'of the initial parameters; public', check=NOT_NEGATIVE),
+    'ema_decay': Key(
+      float,
+      None,
+      'of an average of the parameters over the steps, which is then what checkpoints hold as the'
+      ' model and what is evaluated; None: none',
+      check=FRACTION,
+      optional=True,
+    ),
     'log_every': Key(int, 10, 'steps', check=POSITIVE, fixed=False),
     'checkpoint_every': Key(int, 100, 'steps', check=POSITIVE, fixed=False),
     'evaluate_at': Key(
@@ -159,6 +164,9 @@ SECTIONS = {
     ),
   },
 }
+
+# The keys of a model beside its name.
+MODELS = {name: model.KEYS for name, model in models.MODELS.items()}
 
 # The keys of a source beside its name.
 SOURCES = {

@@ -62,7 +62,7 @@ def test_every_experiment_fits_the_schema(experiment):
     ('privacy.gamma', 0.0, ['privacy.gamma', 'above 0']),
     ('privacy.adjacency', 'replace_one', ["'replace_one'", 'zero_out']),
     ('privacy.mechanism', 'none', ['privacy.mechanism', 'epsilon=inf']),
-    ('data.image_size', 20, ['data.image_size', '20', 'patch size, 8']),
+    ('data.image_size', 20, ['image_size', '20', 'patch size, 8']),
     ('data.crop_scale', (0.5, 0.2), ['data.crop_scale', '(0.5, 0.2)']),
     ('data.flip', 1, ['data.flip', '1', 'bool']),
     (
@@ -74,6 +74,10 @@ def test_every_experiment_fits_the_schema(experiment):
     ('data.source.path', '/x', ['data.source.path', 'no key']),
     ('optimizer.warmup_steps', 6, ['optimizer.warmup_steps', '6', 'train.steps']),
     ('train.steps', 0, ['train.steps', '0', 'above 0']),
+    ('train.ema_decay', 1.0, ['train.ema_decay', '1.0', 'below 1']),
+    ('data.views', 0, ['data.views', '0', 'above 0']),
+    ('model.name', 'perceptron', ['model.name', "'perceptron'", 'captioner']),
+    ('model.classes', 10, ['model.classes', 'no key']),
     ('evals.probe', {'name': 'k_means'}, ['evals.probe.name', "'k_means'", 'linear_probe']),
   ],
 )

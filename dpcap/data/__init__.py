@@ -4,6 +4,7 @@ from dpcap.data.byte_ranges import StoreError
 from dpcap.data.catalogue import DATASETS, Dataset, find_dataset, readable
 from dpcap.data.contents import Contents, Relation, compare, compare_kinds, known_apart
 from dpcap.data.epochs import AugmentedBatches
+from dpcap.data.examples import Example, Transform, unit
 from dpcap.data.first_look import look_at
 from dpcap.data.image import normalize
 from dpcap.data.image_folder import ImageFolder, ImageList
@@ -12,9 +13,7 @@ from dpcap.data.pipeline import (
   Chunk,
   EvaluationBatches,
   EveryNth,
-  Examples,
   LogicalBatches,
-  Transform,
 )
 from dpcap.data.scenes import LABELS as SCENE_LABELS
 from dpcap.data.scenes import VOCABULARY_FILE as SCENES_VOCABULARY
@@ -33,7 +32,7 @@ __all__ = [
   'Dataset',
   'EvaluationBatches',
   'EveryNth',
-  'Examples',
+  'Example',
   'ImageFolder',
   'ImageList',
   'LogicalBatches',
@@ -59,6 +58,7 @@ __all__ = [
   'make_tokenizer',
   'normalize',
   'readable',
+  'unit',
 ]
 
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpcap.models import keys
 from dpcap.models.decoder import Cache, CaptionDecoder
 from dpcap.models.positions import image_positions
 from dpcap.models.vit import Dense, ViT, frozen, patch_grid
@@ -34,6 +35,11 @@ class Captioner(nn.Module):
     remat: compute the inside of every block again in the backward pass.
   """
 
+  INPUTS = ('image', 'tokens')
+  KEYS = keys.TRANSFORMER
+  # The top-level parameters that features depend on.
+  FEATURE_PARTS = ('encoder', 'memory_projection')
+
   vocab_size: int
   patch_size: int
   width: int
@@ -45,6 +51,25 @@ class Captioner(nn.Module):
   dtype: jnp.dtype = jnp.float32
   scan_blocks: bool = False
   remat: bool = False
+
+  @classmethod
+  def make(cls, *, image_size, vocab_size, remat, size, patch_size, dtype, scan_blocks):
+    """A captioner of a named size; see `dpcap.models.make_model`."""
+    return cls(
+      vocab_size=vocab_size,
+      dtype=keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)],
+      scan_blocks=scan_blocks,
+      remat=remat,
+      **keys.shape_of(size, patch_size, image_size)._asdict(),
+    )
+
+  @nn.nowrap
+  def about(self) -> str:
+    """What it is, in words."""
+    return (
+      f'image captioner (a ViT encoder of {self.depth} layers and width {self.width}, a text'
+      f' decoder of {self.decoder_depth} layers and width {self.decoder_width})'
+    )
 
   def setup(self):
     blocks = dict(scan_blocks=self.scan_blocks, remat=self.remat)

@@ -67,8 +67,8 @@ class Checkpoints:
         f' {free / 2**20:,.1f} MiB are free; make room, then the same command goes on'
       )
     items = ocp.args.Composite(
-      model=ocp.args.StandardSave({'params': state.params, 'frozen': state.frozen}),
-      training=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+      model=ocp.args.StandardSave(state.variables),
+      training=ocp.args.StandardSave(_beside_the_model(state)),
       privacy=ocp.args.JsonSave(statement),
     )
     self._guarded(lambda: self._manager.save(int(state.step), args=items, force=True))
@@ -85,15 +85,14 @@ class Checkpoints:
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     items = ocp.args.Composite(
-      model=ocp.args.StandardRestore({'params': target.params, 'frozen': target.frozen}),
-      training=ocp.args.StandardRestore({'step': target.step, 'opt_state': target.opt_state}),
+      model=ocp.args.StandardRestore(target.variables),
+      training=ocp.args.StandardRestore(_beside_the_model(target)),
     )
     restored = self._restore(step, items)
+    model = restored.model['params']
+    average = None if like.average is None else model
     return TrainState(
-      step=restored.training['step'],
-      params=restored.model['params'],
-      frozen=restored.model['frozen'],
-      opt_state=restored.training['opt_state'],
+      **{'params': model} | restored.training, frozen=restored.model['frozen'], average=average
     )
 
   def restore_model(self, step: int, like: TrainState) -> dict:
@@ -137,6 +136,12 @@ class Checkpoints:
       raise UserError(
         f'{self._directory}: a checkpoint cannot be written ({_first_line(e)})'
       ) from e
+
+
+def _beside_the_model(state: TrainState) -> dict:
+  """What only going on with a run needs; of an averaged one, the parameters as they are."""
+  items = {'step': state.step, 'opt_state': state.opt_state}
+  return items if state.average is None else items | {'params': state.params}
 
 
 def _first_line(error: Exception) -> str:

@@ -40,8 +40,7 @@ class Evaluations:
       self._model,
       make_optimizer(config.optimizer, config.train.steps),
       Layout(make_mesh()),
-      config.data.image_size,
-      config.data.text_length,
+      build.make_transform(config, self._tokenizer).shapes,
       config.train.model_seed,
     )
     self.untrained = {'params': self._initial.params, 'frozen': self._initial.frozen}
@@ -79,10 +78,12 @@ class Evaluations:
     make_subject = functools.partial(
       evals.Subject,
       # To scan blocks is for compiling the training step; evaluations look into blocks.
-      model=self._model.clone(scan_blocks=False, remat=False),
+      model=self._model.clone(
+        **{name: False for name in ('scan_blocks', 'remat') if hasattr(self._model, name)}
+      ),
       variables=_on_this_process(variables),
       untrained=_on_this_process(self.untrained),
-      transform=data.Transform(config.data.image_size, config.data.text_length, self._tokenizer),
+      transform=build.make_view(config, self._tokenizer),
       workers=config.data.workers,
       cache=cache,
     )

@@ -113,14 +113,15 @@ class _Run:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     self._schedule = make_schedule(config.optimizer, config.train.steps)
     self._clip_function = build.make_clip_function(config)
+    self._transform = build.make_transform(config, self._tokenizer)
     self._init_state = functools.partial(
       init_state,
       model,
       optimizer,
       self._layout,
-      config.data.image_size,
-      config.data.text_length,
+      self._transform.shapes,
       config.train.model_seed,
+      averaged=config.train.ema_decay is not None,
     )
     main = processes.is_main()
     with doing('initialising the model', main):
@@ -130,7 +131,13 @@ class _Run:
       with doing('checking the clipping', main):
         self._clipping = self._choose_clipping(model)
     self._step = make_step(
-      model, optimizer, plan, self._layout, self._clipping, self._clip_function
+      model,
+      optimizer,
+      plan,
+      self._layout,
+      self._clipping,
+      self._clip_function,
+      config.train.ema_decay,
     )
     # As shapes: what is released with a step is donated to it.
     self._like = jax.tree.map(
@@ -141,8 +148,8 @@ class _Run:
 
   def _choose_clipping(self, model: nn.Module) -> str:
     """The strategy that this run's config asks for, once its answer is known to be right."""
-    settings, vocab_size = self._config.privacy, self._tokenizer.vocab_size
-    examples = build.synthetic_examples(self._config, vocab_size, count=2)
+    settings = self._config.privacy
+    examples = build.synthetic_examples(self._config, self._tokenizer.vocab_size, count=2)
     loss_fn = example_loss(model, self.state.frozen)
     params = self._layout.everywhere(self.state.params)
     strategy = settings.clipping
@@ -263,13 +270,7 @@ class _Run:
     config = self._config
     return data.LogicalBatches(
       source=self._source,
-      transform=data.Transform(
-        config.data.image_size,
-        config.data.text_length,
-        self._tokenizer,
-        config.data.crop_scale,
-        config.data.flip,
-      ),
+      transform=self._transform,
       draw=self._plan.make_sampler(keys.sampling).draw,
       augmentation_rng=functools.partial(augmentation_generator, keys.sampling),
       steps=config.train.steps,
@@ -402,9 +403,8 @@ class _Run:
     self.save(wait=True)
     self.say(f'step {self.done}: evaluating')
     with self._progress.paused():
-      variables = {'params': self.state.params, 'frozen': self.state.frozen}
       results = Evaluations(self._config).run(
-        self._layout.everywhere(variables),
+        self._layout.everywhere(self.state.variables),
         self._checkpoints.path(self.done),
         folder,
         cache=self._workdir / 'evals' / 'cache',
@@ -414,17 +414,23 @@ class _Run:
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state, on the main process."""
-    tokenizer = f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip()
+    fields, not_covered = self._transform.fields, []
+    if 'tokens' in fields:
+      tokenizer = f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip()
+      not_covered = [
+        f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})'
+      ]
     return privacy.make_statement(
       self._plan,
       steps=self.done,
       releases=self._store.releases(self.done),
       clipping_strategy=self._clipping,
       clip_function=str(self._clip_function),
+      unit=data.unit(fields),
       fixed_seed=self._config.privacy.seed is not None,
       not_covered=[
         'diagnostics: files named *.private.* in the workdir, and what the screen showed',
-        f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
+        *not_covered,
         'evaluations that read the training data (marked uses_training_data in evals/)',
       ],
     )
