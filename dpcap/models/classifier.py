@@ -51,7 +51,7 @@ class Classifier(nn.Module):
     return at_least_float32(self.head(self.encoder(image_HxWx3)))
 
   def __call__(self, image_HxWx3: jax.Array, label: jax.Array) -> jax.Array:
-    """Cross-entropy (...) of the label; NaN, and so no contribution, for one of `classes` or more."""
+    """Cross-entropy (...) of the label; NaN, which adds nothing, for one of `classes` or more."""
     logits_K = self.logits(image_HxWx3)
     of_label = jnp.take_along_axis(logits_K, label[..., None], axis=-1, mode='fill')[..., 0]
     return jax.nn.logsumexp(logits_K, axis=-1) - of_label
