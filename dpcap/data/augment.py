@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 def pad_crop(array: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:
   """Continues an image beyond its borders by reflection, and cuts its size out at random.
 
-  As torchvision's RandomCrop with padding_mode 'reflect': the pixels of the border itself come once.
+  As torchvision's RandomCrop with padding_mode 'reflect': pixels of the border itself come once.
 
   Args:
     array: uint8 (H, W, 3).
@@ -38,8 +38,8 @@ def color_jitter(
 ) -> np.ndarray:
   """Changes the colours of an image at random, as torchvision's ColorJitter does with Pillow images.
 
-  Four changes in random order: a blend of the image with black, with the mean of its grey, with its
-  own grey, each by a factor of its own (1: as it is), and a turn of the hue.
+  Four changes in random order: a blend of the image with black, with the mean of its grey, with
+  its own grey, each by a factor of its own (1: as it is), and a turn of the hue.
 
   Args:
     array: uint8 (H, W, 3).
