@@ -18,6 +18,7 @@ from dpcap import data, evals, models
 from dpcap.errors import UserError
 from dpcap.key import Key
 from dpcap.schema import EVALUATORS, MODELS, SECTIONS, SOURCES
+from dpcap.training.optimizer import OPTIMIZERS, SCHEDULES
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -152,7 +153,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f' model.name {", ".join(able)}, this one is {tree["model"]["name"]!r}'
       )
     if entry['name'] == 'captions':
-      _check_caption_method(name, entry)
+      _check_options(entry, f'evals.{name}', 'method', evals.CAPTION_METHODS)
   p = tree['privacy']
   if (p['epsilon'] is None) == (p['noise_multiplier'] is None):
     raise UserError(
@@ -166,6 +167,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"privacy.gamma is {p['gamma']}; it goes with privacy.clip_function='automatic' only"
     )
   o = tree['optimizer']
+  _check_options(o, 'optimizer', 'name', OPTIMIZERS)
+  _check_options(o, 'optimizer', 'schedule', SCHEDULES)
   if o['warmup_steps'] >= (o['decay_steps'] or tree['train']['steps']):
     raise UserError(
       f'optimizer.warmup_steps is {o["warmup_steps"]}; it must be below decay_steps'
@@ -190,14 +193,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UserError(f'the config of {tree["model"]["name"]}: {e}') from e
 
 
-def _check_caption_method(name, entry):
-  """Every option belongs to the method."""
-  for method, options in evals.CAPTION_METHODS.items():
+def _check_options(section, path, choice, variants):
+  """Every option that is set belongs to the variant that the section's key `choice` names."""
+  for variant, options in variants.items():
     for key in options:
-      if entry[key] is not None and method != entry['method']:
+      if section[key] is not None and variant != section[choice]:
         raise UserError(
-          f'evals.{name}.{key} is {entry[key]!r}; it goes with method {method!r} only, this one is'
-          f' {entry["method"]!r}'
+          f'{path}.{key} is {section[key]!r}; it goes with {choice} {variant!r} only, this one is'
+          f' {section[choice]!r}'
         )
 
 

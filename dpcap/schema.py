@@ -2,10 +2,15 @@
 
 from dpcap import data, evals, models, privacy
 from dpcap.key import FRACTION, GIVEN, NOT_NEGATIVE, POSITIVE, Key
+from dpcap.training.optimizer import OPTIMIZERS, SCHEDULES
 
 _AREA_RANGE = (
   lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
   'two fractions of the area, 0 < smallest <= largest <= 1',
+)
+_JITTER = (
+  lambda x: len(x) == 5 and min(x) >= 0 and x[3] <= 0.5 and x[4] <= 1,
+  'five numbers from 0: three ranges of factors, turns of the hue to 0.5, a probability',
 )
 
 SECTIONS = {
@@ -23,7 +28,21 @@ SECTIONS = {
       check=_AREA_RANGE,
       optional=True,
     ),
+    'pad_crop': Key(
+      int,
+      None,
+      'pixels by which the image is reflected at each side before its size is cut out at random',
+      check=POSITIVE,
+      optional=True,
+    ),
     'flip': Key(bool, True, 'mirror at random'),
+    'color_jitter': Key(
+      tuple,
+      None,
+      'brightness, contrast, saturation, hue, and the probability of changing any',
+      check=_JITTER,
+      optional=True,
+    ),
     'views': Key(
       int,
       1,
@@ -103,18 +122,24 @@ SECTIONS = {
     ),
   },
   'optimizer': {
-    'name': Key(str, 'adamw', 'the optimizer', ('adamw',)),
+    'name': Key(str, 'adamw', 'the optimizer', tuple(OPTIMIZERS)),
     'learning_rate': Key(float, 5e-4, 'at its peak', check=POSITIVE),
+    'schedule': Key(str, 'cosine', 'of the learning rate, after the warm-up', tuple(SCHEDULES)),
     'warmup_steps': Key(int, 0, 'linear, from 0', check=NOT_NEGATIVE),
     'decay_steps': Key(
       int,
       None,
-      'end of the cosine, warm-up counted in; None: train.steps',
+      'end of schedule cosine, warm-up counted in; None: train.steps',
       check=POSITIVE,
       optional=True,
     ),
-    'b1': Key(float, 0.9, 'decay of the first moment', check=FRACTION),
-    'b2': Key(float, 0.95, 'decay of the second moment', check=FRACTION),
+    'b1': Key(
+      float, None, 'of adamw: decay of the first moment; None: 0.9', check=FRACTION, optional=True
+    ),
+    'b2': Key(
+      float, None, 'of adamw: decay of the second moment; None: 0.95', check=FRACTION, optional=True
+    ),
+    'momentum': Key(float, None, 'of sgd; None: 0', check=FRACTION, optional=True),
     'weight_decay': Key(
       float, 0.005, 'of matrices; biases and scales have none', check=NOT_NEGATIVE
     ),

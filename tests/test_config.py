@@ -73,6 +73,14 @@ def test_every_experiment_fits_the_schema(experiment):
     ('data.source.split', 'dev', ['data.source.split', "'dev'"]),
     ('data.source.path', '/x', ['data.source.path', 'no key']),
     ('optimizer.warmup_steps', 6, ['optimizer.warmup_steps', '6', 'train.steps']),
+    ('optimizer.momentum', 0.9, ['optimizer.momentum', '0.9', "name 'sgd' only", "'adamw'"]),
+    ('optimizer.name', 'adam', ['optimizer.name', "'adam'", 'adamw, sgd']),
+    ('optimizer', {'name': 'sgd', 'b2': 0.5}, ['optimizer.b2', '0.5', "name 'adamw' only"]),
+    (
+      'optimizer',
+      {'schedule': 'constant', 'decay_steps': 9},
+      ['optimizer.decay_steps', '9', "schedule 'cosine' only", "'constant'"],
+    ),
     ('train.steps', 0, ['train.steps', '0', 'above 0']),
     ('train.ema_decay', 1.0, ['train.ema_decay', '1.0', 'below 1']),
     ('data.views', 0, ['data.views', '0', 'above 0']),
@@ -87,7 +95,7 @@ def test_bad_values_are_refused(path, value, parts):
   section = config
   for name in sections:
     section = section[name]
-  section[key] = value
+  section[key] = section[key] | value if key == 'optimizer' else value
   with pytest.raises(UserError) as e:
     config_lib.validate(config_lib.ml_collections.ConfigDict(config))
   for part in parts:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpcap.data import augment
 from dpcap.data import image as image_ops
 from dpcap.data.source import BadRecord, Record, choose_caption
 from dpcap.data.text import Tokenizer
@@ -41,7 +42,9 @@ class Transform:
     tokenizer: see `Tokenizer`.
     crop_scale: range of the area of a RandomResizedCrop, or None for the deterministic
       view that evaluation takes (an image that has the right size already stays as it is).
+    pad_crop: pixels; the image is continued by so many at each side and its size cut out at random.
     flip: whether to mirror at random.
+    color_jitter: brightness, contrast, saturation, hue and probability of `augment.color_jitter`.
     fields: what an example holds.
     views: how many times each record is augmented anew; above 1 fields have a leading axis.
   """
@@ -50,7 +53,9 @@ class Transform:
   text_length: int
   tokenizer: Tokenizer
   crop_scale: tuple[float, float] | None = None
+  pad_crop: int | None = None
   flip: bool = False
+  color_jitter: tuple[float, ...] | None = None
   fields: tuple[str, ...] = ('image', 'tokens')
   views: int = 1
 
@@ -73,7 +78,7 @@ class Transform:
 
     Args:
       record: of a source.
-      rng: draws the crop, the flip, the key and, of several captions, one; None: no augmentation,
+      rng: draws the view, the key and, of several captions, one; None: no augmentation,
         and the first caption.
 
     Raises:
@@ -111,7 +116,13 @@ class Transform:
       array = image
     else:
       array = image_ops.resize_center_crop(image_ops.open_image(image), size)
-    return image_ops.random_flip(array, rng) if self.flip else array
+    if self.pad_crop:
+      array = augment.pad_crop(array, self.pad_crop, rng)
+    if self.flip:
+      array = image_ops.random_flip(array, rng)
+    if self.color_jitter:
+      array = augment.color_jitter(array, *self.color_jitter, rng)
+    return array
 
 
 def unit(fields: Sequence[str]) -> str:

@@ -119,7 +119,9 @@ def make_transform(
     config.data.text_length,
     tokenizer,
     config.data.crop_scale,
+    config.data.pad_crop,
     config.data.flip,
+    config.data.color_jitter,
     fields=models.MODELS[config.model.name].INPUTS,
     views=config.data.views,
   )
