@@ -10,9 +10,19 @@ import jax.numpy as jnp
 from dpcap.errors import UserError
 from dpcap.models.blocks import unstack_blocks
 from dpcap.models.captioner import PADDING, Captioner
+from dpcap.models.mae import MAE
 from dpcap.models.sizes import SIZES, Size
 
-__all__ = ['Captioner', 'MODELS', 'PADDING', 'SIZES', 'Size', 'make_model', 'unstack_blocks']
+__all__ = [
+  'Captioner',
+  'MAE',
+  'MODELS',
+  'PADDING',
+  'SIZES',
+  'Size',
+  'make_model',
+  'unstack_blocks',
+]
 
 MODELS = {'captioner': Captioner}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}

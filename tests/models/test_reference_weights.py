@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dpcap.errors import UserError
-from dpcap.models.reference_weights import UNUSED, from_reference, to_reference
+from dpcap.models.reference_names.captioner import UNUSED
+from dpcap.models.reference_weights import from_reference, to_reference
 from tools.check_oracle import oracle_model, read_oracle
 
 ORACLE = read_oracle(str(pathlib.Path(__file__).with_name('captioner_oracle.npz')))
