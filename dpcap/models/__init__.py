@@ -20,15 +20,31 @@ from dpcap.errors import UserError
 from dpcap.models.blocks import unstack_blocks
 from dpcap.models.captioner import PADDING, Captioner
 from dpcap.models.keys import one_of
+from dpcap.models.mae import MAE
 from dpcap.models.mlp import MLP
 from dpcap.models.nf_resnet import NFResNet
 from dpcap.models.sizes import SIZES, Size
 from dpcap.models.wide_resnet import WideResNet
 
-__all__ = ['Captioner', 'MODELS', 'PADDING', 'SIZES', 'Size', 'make_model', 'unstack_blocks']
+__all__ = [
+  'Captioner',
+  'MAE',
+  'MODELS',
+  'PADDING',
+  'SIZES',
+  'Size',
+  'make_model',
+  'unstack_blocks',
+]
 
 # name in the config -> class
-MODELS = {'captioner': Captioner, 'wide_resnet': WideResNet, 'nf_resnet': NFResNet, 'mlp': MLP}
+MODELS = {
+  'captioner': Captioner,
+  'mae': MAE,
+  'wide_resnet': WideResNet,
+  'nf_resnet': NFResNet,
+  'mlp': MLP,
+}
 
 
 def make_model(

@@ -15,7 +15,7 @@ from dpcap.models.precision import at_least_float32
 
 
 class Classifier(nn.Module):
-  """Label of an image. A subclass says its KEYS, and how they `make` the encoder.
+  """Label of an image. A subclass says its KIND, its KEYS, and how they `make` the encoder.
 
   Use: `variables = model.init(key, image, label)`; all of them are trained (`variables['params']`,
   float32). Images are (..., H, W, 3), normalised floats; labels (...,) whole numbers.
@@ -37,6 +37,11 @@ class Classifier(nn.Module):
   classes: int
   head_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   dtype: jnp.dtype = jnp.float32
+
+  @nn.nowrap
+  def about(self) -> str:
+    """What it is, in words."""
+    return f'{self.KIND} (a classifier of {self.classes} classes)'
 
   def setup(self):
     self.head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=self.head_init)

@@ -20,6 +20,7 @@ class MLP(classifier.Classifier):
   How its parameters are clipped: matrices without per-example gradients, biases directly.
   """
 
+  KIND = 'multi-layer perceptron'
   KEYS = {
     **classifier.KEYS,
     'widths': Key(

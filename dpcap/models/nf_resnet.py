@@ -36,6 +36,7 @@ class NFResNet(classifier.Classifier):
   of a physical batch then holds kernels of its own and their gradients, 100 MB each.
   """
 
+  KIND = 'normaliser-free residual network'
   KEYS = {
     **classifier.KEYS,
     'depths': Key(

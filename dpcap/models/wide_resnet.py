@@ -30,6 +30,7 @@ class WideResNet(classifier.Classifier):
   and norms directly. Standardised kernels, and nothing else, fall back to vmap, with a warning.
   """
 
+  KIND = 'wide residual network'
   KEYS = {
     **classifier.KEYS,
     'depth': Key(
