@@ -200,6 +200,11 @@ SOURCES = {
     'size': Key(int, 100_000, 'how many scenes', check=POSITIVE),
     'label': Key(str, 'color', 'what the label tells', tuple(data.SCENE_LABELS)),
   },
+  'textures': {
+    'split': Key(str, 'train', 'which textures', ('train', 'validation', 'test')),
+    'size': Key(int, 1_000_000, 'how many textures', check=POSITIVE),
+    'programs': Key(int, 21_000, 'how many programs they are of', check=POSITIVE),
+  },
   'tar_shards': {
     'path': Key(
       str,

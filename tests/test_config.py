@@ -68,7 +68,7 @@ def test_every_experiment_fits_the_schema(experiment):
     (
       'data.source.name',
       'laion',
-      ['data.source.name', "'laion'", 'scenes, tar_shards, image_folder, tfds'],
+      ['data.source.name', "'laion'", 'scenes, textures, tar_shards, image_folder, tfds'],
     ),
     ('data.source.split', 'dev', ['data.source.split', "'dev'"]),
     ('data.source.path', '/x', ['data.source.path', 'no key']),

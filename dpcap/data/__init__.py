@@ -21,6 +21,8 @@ from dpcap.data.scenes import Scenes
 from dpcap.data.source import Source
 from dpcap.data.tar_shards import TarShards
 from dpcap.data.text import TOKENIZERS, Tokenizer, make_tokenizer
+from dpcap.data.textures import VOCABULARY_FILE as TEXTURES_VOCABULARY
+from dpcap.data.textures import Textures
 from dpcap.data.tfds_source import TfdsSource
 from dpcap.errors import UserError
 
@@ -42,8 +44,10 @@ __all__ = [
   'Scenes',
   'Source',
   'StoreError',
+  'TEXTURES_VOCABULARY',
   'TOKENIZERS',
   'TarShards',
+  'Textures',
   'TfdsSource',
   'Tokenizer',
   'Transform',
@@ -66,7 +70,7 @@ def make_source(name: str, image_size: int, **options) -> Source:
   """The source of that name.
 
   Args:
-    name: 'scenes', 'tar_shards', 'tfds' or 'image_folder'.
+    name: 'scenes', 'textures', 'tar_shards', 'tfds' or 'image_folder'.
     image_size: side in pixels, for sources that draw their images.
     **options: the source's own arguments.
 
@@ -75,6 +79,8 @@ def make_source(name: str, image_size: int, **options) -> Source:
   """
   if name == 'scenes':
     return Scenes(image_size=image_size, **options)
+  if name == 'textures':
+    return Textures(image_size=image_size, **options)
   if name == 'tfds':
     return TfdsSource(**options)
   if name == 'image_folder':
