@@ -9,6 +9,7 @@ import copy
 import difflib
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
@@ -104,6 +105,31 @@ def choose(what: str, value: str, variants: dict[str, Any]) -> Any:
   if value not in variants:
     raise UserError(f'{what} is {value!r}; allowed: {", ".join(variants)}')
   return variants[value]
+
+
+def read_words(argument: str, *families: Collection[str]) -> list[str]:
+  """One word of each family, as the argument of a config file names them.
+
+  Args:
+    argument: words parted by commas, in any order, at most one of a family; '' names none.
+    families: their words, no word in two of them; the first stands where none is named.
+
+  Returns:
+    The words, in the order of the families.
+
+  Raises:
+    UserError: naming the word that no family has, or the two of one.
+  """
+  chosen = [None] * len(families)
+  for word in filter(None, argument.split(',')):
+    places = [i for i, family in enumerate(families) if word in family]
+    if not places:
+      allowed = '; '.join(', '.join(family) for family in families)
+      raise UserError(f'{word!r} is no word of this config; allowed, one of each: {allowed}')
+    if chosen[places[0]] is not None:
+      raise UserError(f'{word!r} and {chosen[places[0]]!r} exclude each other; give one of them')
+    chosen[places[0]] = word
+  return [word or next(iter(family)) for word, family in zip(chosen, families)]
 
 
 def _with_values(what, name, table, values):

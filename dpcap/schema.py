@@ -113,6 +113,13 @@ SECTIONS = {
       optional=True,
     ),
     'noise_multiplier': Key(float, None, 'sigma, in units of C', check=POSITIVE, optional=True),
+    'simulation_divisor': Key(
+      int,
+      None,
+      'k: no run but its simulation, at batch and noise divided by k; None: the run itself',
+      check=POSITIVE,
+      optional=True,
+    ),
     'seed': Key(
       int,
       None,

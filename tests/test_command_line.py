@@ -28,7 +28,7 @@ _TINY = '--config=tests/tiny.py'
   [
     ([], ['--config']),
     (['--config=configs/none.py'], ['configs/none.py', 'No such file']),
-    (['--config=configs/dpcap_less_data.py:2percent'], ["'2percent'", '10percent, 1percent']),
+    (['--config=configs/dpcap.py:2percent'], ["'2percent'", '100percent, 10percent, 1percent']),
     ([_TINY, '--config.privacy.epsilom=3'], ['privacy.epsilom', 'did you mean epsilon']),
     ([_TINY, '--config.privacy.foo=None'], ['privacy.foo', 'no key']),
     ([_TINY, '--config.privacy.delta=much'], ['privacy.delta', 'much', 'float']),
@@ -81,6 +81,17 @@ def test_of_values_of_a_key_the_last_one_counts(program):
   assert process.returncode == 0, errors
   found = json.loads(output)
   assert (found['noise_multiplier'], found['delta'], found['dataset_size']) == (5, 1e-3, 400)
+
+
+def test_a_simulation_s_figures_stand_beside_those_of_the_run_that_it_simulates(program):
+  arguments = (_TINY, '--config.privacy.simulation_divisor=5')
+  output, errors = program('tools.privacy', *arguments).communicate(timeout=60)
+  found = json.loads(output)
+  assert found['epsilon_rdp'] is None and found['epsilon_pld'] is None, errors
+  assert (found['expected_batch_size'], found['noise_multiplier']) == (4, 0.8)
+  run = found['simulates']
+  assert 0 < run['epsilon_pld'] < run['epsilon_rdp'] and run['expected_batch_size'] == 20
+  assert set(run) == set(found) - {'simulates'}
 
 
 _CONFIG_FILES = {

@@ -15,11 +15,15 @@ _EXPERIMENTS = [
   'demo',
   'dpcap',
   'dpcap:large',
-  'dpcap_epsilon2',
-  'dpcap_batch200k',
-  'dpcap_less_data',
-  'dpcap_less_data:1percent',
+  'dpcap:epsilon2,1percent,calibrated',
+  'dpcap:nonprivate,tiny',
+  'dpcap:simulated',
   'emoji',
+  'evaluations:cifar100@dpcap:large',
+  'evaluations:places205,/data/places205',
+  'evaluations:aro,/data/aro',
+  'scenes:dpcap,large,epsilon1,count_linear_probe,aro_order',
+  'scenes:smoke,dpcap,1percent,color_zero_shot,shape_few_shot',
   'tar_shards',
   'tar_shards:base',
   'tfds',
@@ -125,6 +129,22 @@ def test_defaults_are_valid_and_sizes_known():
   config.privacy.epsilon = math.inf
   config_lib.validate(config)
   assert config.model.size in models.SIZES
+
+
+def test_words_of_an_argument_choose_one_of_each_family():
+  families = ('base', 'large'), {'epsilon8': 8.0, 'epsilon2': 2.0}
+  assert config_lib.read_words('', *families) == ['base', 'epsilon8']
+  assert config_lib.read_words('epsilon2', *families) == ['base', 'epsilon2']
+  assert config_lib.read_words('epsilon2,large', *families) == ['large', 'epsilon2']
+  with pytest.raises(UserError, match="'huge' is no word .* one of each: base, large; epsilon8"):
+    config_lib.read_words('huge', *families)
+  with pytest.raises(UserError, match="'large' and 'base' exclude each other"):
+    config_lib.read_words('base,large', *families)
+
+
+def test_evaluations_of_an_experiment_that_is_not_there_are_refused():
+  with pytest.raises(UserError, match="experiment is 'dpkap:base'"):
+    importlib.import_module('configs.evaluations').get_config('cifar100@dpkap:base')
 
 
 def test_unknown_source_evaluator_variant_are_refused():

@@ -1,4 +1,4 @@
-"""Features of labelled images: the model's, an untrained model's, or raw pixels.
+"""Features of labelled images: the model's, an untrained model's, or the images' own.
 
 They are kept on disk, for evaluations share images and may be stopped. Features of the private
 data are as private as the data: files can be read by their owner only.
@@ -18,9 +18,15 @@ import numpy as np
 from dpcap import data
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
+from dpcap.evals.hog import hog
 from dpcap.evals.subject import Subject
 
-FEATURES = ('model', 'untrained', 'pixels')
+# Those that no model has a part in: uint8 images (B, H, W, 3) -> (B, D).
+_OF_IMAGES = {
+  'pixels': lambda images: data.normalize(images).reshape(len(images), -1),
+  'hog': lambda images: hog(images.astype(np.float32)),
+}
+FEATURES = ('model', 'untrained', *_OF_IMAGES)
 _BATCHES_PER_FILE = 64
 
 
@@ -111,8 +117,8 @@ def extract(subject: Subject, source: data.Source, kind: str, batch_size: int) -
   # Variables are arguments: as constants they would be compiled into the program.
   @jax.jit
   def embed(variables, images):
-    if kind == 'pixels':
-      return data.normalize(images).reshape(len(images), -1)
+    if kind in _OF_IMAGES:
+      return _OF_IMAGES[kind](images)
     return subject.model.apply(variables, data.normalize(images), method='features')
 
   def compute(batch):
@@ -152,7 +158,7 @@ class _Parts:
     if subject.cache is None:
       return
     about = {
-      'variables': None if kind == 'pixels' else _digest(subject, kind),
+      'variables': None if kind in _OF_IMAGES else _digest(subject, kind),
       'kind': kind,
       'model': str(subject.model),
       'image_size': subject.transform.image_size,

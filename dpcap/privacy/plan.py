@@ -63,6 +63,8 @@ class PrivacyPlan:
       that is tighter, as it is at a delta that rounding blurs).
     truncated_batch_size: the most that a draw of the sampler 'truncated_poisson' holds, by
       default eight standard deviations above the mean; None with the others.
+    simulation_divisor: None for a run; k for a simulation of one whose batch and noise multiplier
+      are k times these (see `simulation`). It has no guarantee.
 
   Raises:
     ValueError: naming the field, its value and what is allowed.
@@ -78,6 +80,7 @@ class PrivacyPlan:
   sampler: str = 'poisson'
   accountant: str = 'pld'
   truncated_batch_size: int | None = None
+  simulation_divisor: int | None = None
 
   def __post_init__(self):
     _check_sizes(self.dataset_size, self.expected_batch_size, self.steps, self.delta)
@@ -87,15 +90,16 @@ class PrivacyPlan:
       raise ValueError(
         f'accountant is {self.accountant!r}; allowed: {", ".join(accounting.ACCOUNTANTS)}'
       )
-    if self.private:
+    if self.simulation_divisor is not None:
+      self._check_simulation()
+    if self.noisy:
+      run = self.simulated or self  # what can't run can't be simulated
       for name, least in (
         ('noise_multiplier', _SMALLEST_NOISE_MULTIPLIER),
         ('clip_norm', clipping.SMALLEST_CLIP_NORM),
       ):
-        if not least <= getattr(self, name) < math.inf:
-          raise ValueError(
-            f'{name} is {getattr(self, name)}; it must be finite and at least {least}'
-          )
+        if not least <= getattr(run, name) < math.inf:
+          raise ValueError(f'{name} is {getattr(run, name)}; it must be finite and at least {least}')
     elif self.noise_multiplier != 0:
       raise ValueError(
         f"noise_multiplier is {self.noise_multiplier}; with mechanism 'none' it must be 0"
@@ -104,6 +108,15 @@ class PrivacyPlan:
       raise ValueError(
         f'accountant is {self.accountant!r}, which does not cover sampler {self.sampler!r}'
         f' with mechanism {self.mechanism!r}'
+      )
+
+  def _check_simulation(self):
+    k = self.simulation_divisor
+    if type(k) is not int or k < 1:
+      raise ValueError(f'simulation_divisor is {k}; it must be a whole number, 1 or more')
+    if not self.noisy:
+      raise ValueError(
+        f"simulation_divisor is {k}; with mechanism 'none' there is no noise to divide"
       )
 
   def _settle_truncation(self):
@@ -125,9 +138,56 @@ class PrivacyPlan:
       )
 
   @property
-  def private(self) -> bool:
-    """Whether the run has a guarantee at all."""
+  def noisy(self) -> bool:
+    """Whether gradients are clipped and noise is added."""
     return self.mechanism != 'none'
+
+  @property
+  def private(self) -> bool:
+    """Whether the run has a guarantee at all: a simulation is noisy and has none."""
+    return self.noisy and self.simulation_divisor is None
+
+  def simulation(self, divisor: int) -> 'PrivacyPlan':
+    """The same run at a `divisor`-th of its batch and noise, without a guarantee.
+
+    Gradients have as much noise for their signal as those of this run, at the same steps and
+    learning rate, and cost a `divisor`-th (Sander et al. 2023, arXiv 2210.03403, section 4).
+
+    Raises:
+      ValueError: if expected_batch_size is no multiple of the divisor, the mechanism is 'none', or
+        draws are truncated elsewhere than by default.
+    """
+    if type(divisor) is not int or divisor < 1 or self.expected_batch_size % divisor:
+      raise ValueError(
+        f'simulation_divisor is {divisor}; it must be a whole number, 1 or more, that divides'
+        f' expected_batch_size, {self.expected_batch_size}'
+      )
+    if dataclasses.replace(self, truncated_batch_size=None) != self:
+      raise ValueError(
+        f'truncated_batch_size is {self.truncated_batch_size}; with simulation_divisor it must be'
+        ' None, which truncates both draws 8 deviations above the mean'
+      )
+    return dataclasses.replace(
+      self,
+      expected_batch_size=self.expected_batch_size // divisor,
+      noise_multiplier=self.noise_multiplier / divisor,
+      truncated_batch_size=None,
+      simulation_divisor=divisor,
+    )
+
+  @property
+  def simulated(self) -> 'PrivacyPlan | None':
+    """The run that this simulates, with its guarantee; None if it simulates none."""
+    k = self.simulation_divisor
+    if k is None:
+      return None
+    return dataclasses.replace(
+      self,
+      expected_batch_size=self.expected_batch_size * k,
+      noise_multiplier=self.noise_multiplier * k,
+      truncated_batch_size=None,
+      simulation_divisor=None,
+    )
 
   @property
   def sampling_probability(self) -> float:
@@ -135,8 +195,9 @@ class PrivacyPlan:
     return self.expected_batch_size / self.dataset_size
 
   def event(self, releases: int) -> dp_accounting.DpEvent:
-    """What `releases` distinct noisy gradients are to an accountant."""
-    event = _EVENTS[self.sampler, self.mechanism](self)
+    """What `releases` distinct noisy gradients are to an accountant: a simulation's are bare."""
+    simulates = self.simulation_divisor is not None
+    event = (_no_guarantee if simulates else _EVENTS[self.sampler, self.mechanism])(self)
     return dp_accounting.SelfComposedDpEvent(event, releases)
 
   def epsilon(self, releases: int | None = None, accountant: str | None = None) -> float | None:

@@ -66,16 +66,15 @@ def make_statement(
     A dict whose 'epsilon' maps each accountant to its bound (None: no finite bound, or
     the event is not covered), whose 'attack_tpr' maps false-positive rates to the most that an
     attack's true-positive rate can be, whose 'gdp_mu' is the mu of Gaussian differential
-    privacy (None for either: none is known), and whose 'text' says the same for people.
+    privacy (None for either: none is known), whose 'simulates' holds the figures of the run that
+    this is a simulation of (None: of none), and whose 'text' says the same for people.
   """
   if releases < steps:
     raise ValueError(f'releases is {releases}; it must be at least the steps, {steps}')
-  bounds = {
-    name: accounting.finite_or_none(plan.epsilon(releases, name)) for name in accounting.ACCOUNTANTS
-  }
   private = plan.private and not fixed_seed and math.isfinite(plan.epsilon(releases))
   statement = {
     'private': private,
+    'simulates': _simulated_figures(plan, releases),
     'unit': f'one {unit}',
     'adjacency': _ADJACENCY.format(unit),
     'mechanism': _MECHANISMS[plan.mechanism],
@@ -85,16 +84,16 @@ def make_statement(
     'sampling_probability': plan.sampling_probability,
     'truncated_batch_size': plan.truncated_batch_size,
     'noise_multiplier': plan.noise_multiplier,
-    'clip_norm': plan.clip_norm if plan.private else None,
+    'clip_norm': plan.clip_norm if plan.noisy else None,
     'clipping': clipping_strategy,
-    'clip_function': clip_function if plan.private else None,
+    'clip_function': clip_function if plan.noisy else None,
     'sensitivity_rounding_margin': clipping.ROUNDING_MARGIN,
     'steps': steps,
     'releases': releases,
     'delta': plan.delta,
     'delta_allows': delta_allows(plan.delta, plan.dataset_size),
     'accountant': plan.accountant,
-    'epsilon': bounds,
+    'epsilon': _bounds(plan, releases),
     **attack_figures(plan, releases if private else None),
     'key_policy': _SEED if fixed_seed else _ENTROPY if keys_are_stored else _FORGOTTEN,
     'not_covered': [
@@ -106,6 +105,24 @@ def make_statement(
   }
   statement['text'] = statement_text(statement)
   return statement
+
+
+def _bounds(plan: PrivacyPlan, releases: int) -> dict[str, float | None]:
+  return {
+    name: accounting.finite_or_none(plan.epsilon(releases, name)) for name in accounting.ACCOUNTANTS
+  }
+
+
+def _simulated_figures(plan: PrivacyPlan, releases: int) -> dict | None:
+  """What the simulated run would be after as many releases; None for a run of its own."""
+  run = plan.simulated
+  return run and {
+    'divisor': plan.simulation_divisor,
+    'expected_batch_size': run.expected_batch_size,
+    'noise_multiplier': run.noise_multiplier,
+    'sampling_probability': run.sampling_probability,
+    'epsilon': _bounds(run, releases),
+  }
 
 
 def attack_figures(plan: PrivacyPlan, releases: int | None) -> dict:
@@ -142,14 +159,14 @@ def statement_text(statement: dict) -> str:
   if not s['private']:
     if not s['noise_multiplier']:
       reason = 'no noise was added'
+    elif s['simulates']:
+      reason = _simulation_text(s)
     elif s['key_policy'] == _SEED:
       reason = _SEED
     else:
       reason = f'noise multiplier {s["noise_multiplier"]:g} has no finite bound worth the name'
     return f'This model has NO privacy guarantee: {reason}.'
-  bounds = ', '.join(
-    f'{value:.3f} by {name.upper()}' for name, value in s['epsilon'].items() if value is not None
-  )
+  bounds = _bounds_text(s['epsilon'])
   at_most, mu = s['truncated_batch_size'], s['gdp_mu']
   found = ', '.join(
     f'{_percent_up(tpr)} at a false-positive rate of {float(rate):.1%}'
@@ -169,6 +186,23 @@ def statement_text(statement: dict) -> str:
     f'{f", at most {at_most:,}" if at_most else ""}. {s["releases"]:,} noisy gradients were'
     f' released ({s["steps"]:,} steps). Keys: {s["key_policy"]}.'
     f' Not covered: {"; ".join(s["not_covered"])}.'
+  )
+
+
+def _bounds_text(bounds: dict[str, float | None]) -> str:
+  return ', '.join(
+    f'{value:.3f} by {name.upper()}' for name, value in bounds.items() if value is not None
+  )
+
+
+def _simulation_text(s: dict) -> str:
+  run = s['simulates']
+  return (
+    f'it is a simulation, at batch {s["expected_batch_size"]:,} and noise multiplier'
+    f' {s["noise_multiplier"]:.4g}, of a run at batch {run["expected_batch_size"]:,} and noise'
+    f' multiplier {run["noise_multiplier"]:.4g}, of epsilon'
+    f' {_bounds_text(run["epsilon"]) or "infinity"}, delta = {s["delta"]:.3g}; that is the'
+    " other run's, and not this model's"
   )
 
 

@@ -79,7 +79,7 @@ def make_training_source(config: ml_collections.ConfigDict) -> data.Source:
 
 
 def make_plan(config: ml_collections.ConfigDict, dataset_size: int) -> privacy.PrivacyPlan:
-  """The privacy parameters of the run: epsilon turned into noise, or noise given.
+  """The privacy parameters of the run: epsilon turned into noise, or noise given; or a simulation.
 
   Raises:
     UserError: if they do not belong together, or no noise meets epsilon.
@@ -98,8 +98,10 @@ def make_plan(config: ml_collections.ConfigDict, dataset_size: int) -> privacy.P
   )
   try:
     if p.epsilon is not None:
-      return noise_cache.calibrate(epsilon=p.epsilon, **common)
-    return privacy.PrivacyPlan(noise_multiplier=p.noise_multiplier, **common)
+      plan = noise_cache.calibrate(epsilon=p.epsilon, **common)
+    else:
+      plan = privacy.PrivacyPlan(noise_multiplier=p.noise_multiplier, **common)
+    return plan if p.simulation_divisor is None else plan.simulation(p.simulation_divisor)
   except ValueError as e:
     raise UserError(f'config.privacy: {e}') from e
 

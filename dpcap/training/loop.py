@@ -127,7 +127,7 @@ class _Run:
     with doing('initialising the model', main):
       self.state = self._init_state()
     self._clipping = 'none'
-    if plan.private:
+    if plan.noisy:
       with doing('checking the clipping', main):
         self._clipping = self._choose_clipping(model)
     self._step = make_step(
@@ -489,10 +489,13 @@ class _Run:
 
 
 def _say_plan(plan: privacy.PrivacyPlan) -> None:
+  run = plan.simulated
   if plan.private:
+    guarantee = f'{_epsilon_text(plan)}, clip norm {plan.clip_norm:g}'
+  elif run:
     guarantee = (
-      f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
-      f' noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}'
+      f'noise multiplier {plan.noise_multiplier:.4g}: NO privacy, a simulation of batch'
+      f' {run.expected_batch_size:,} ({_epsilon_text(run)})'
     )
   else:
     guarantee = 'epsilon infinity: NO privacy'
@@ -501,6 +504,13 @@ def _say_plan(plan: privacy.PrivacyPlan) -> None:
     f' {plan.sampling_probability:.3g}  steps {plan.steps:,}'
     f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}',
     file=sys.stderr,
+  )
+
+
+def _epsilon_text(plan: privacy.PrivacyPlan) -> str:
+  return (
+    f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
+    f' noise multiplier {plan.noise_multiplier:.4f}'
   )
 
 

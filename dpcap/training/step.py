@@ -172,7 +172,7 @@ def make_step(
     optimizer: applied to the noisy mean gradient.
     plan: the privacy parameters.
     layout: which device holds what.
-    clipping: strategy of `clipped_sum`; a plan without privacy takes the plain sum.
+    clipping: strategy of `clipped_sum`; a plan without noise takes the plain sum.
     clip_function: from gradient norms to the factors that examples are scaled by.
     ema_decay: of the average of the parameters; None: the state has none.
   """
@@ -180,7 +180,7 @@ def make_step(
 
   def gradient_sum(frozen, params, examples, mask) -> privacy.ClippedSum:
     loss_fn = example_loss(model, frozen)
-    if not plan.private:
+    if not plan.noisy:
       return privacy.plain_sum(loss_fn, params, examples, mask)
     return privacy.clipped_sum(
       loss_fn,
@@ -274,7 +274,7 @@ def make_step(
       average=None if ema_decay is None else _averaged(state, params, ema_decay),
     )
     new_state = jax.lax.with_sharding_constraint(new_state, state_layout(layout, new_state))
-    return new_state, noise_state, _diagnostics(counts, plan.private), digest
+    return new_state, noise_state, _diagnostics(counts, plan.noisy), digest
 
   return Step(
     zero=jax.jit(zero),

@@ -51,6 +51,16 @@ def test_features_are_those_of_the_images_in_order(subject, tmp_path):
   assert found.numbers.tolist() == list(range(23))
 
 
+def test_features_of_no_model_are_shared_by_all_models(subject, tmp_path, computed):
+  other = subject._replace(variables=subject.untrained)
+  for kind in ('hog', 'pixels'):
+    first = extract(subject, tmp_path, kind)
+    before = len(computed)
+    assert_same(extract(other, tmp_path, kind), first)
+    assert len(computed) == before
+    assert np.isfinite(first.features).all() and first.features.std() > 0
+
+
 def test_a_second_extraction_reads_what_the_first_wrote(subject, tmp_path, computed):
   first = extract(subject, tmp_path)
   assert len(computed) == 6

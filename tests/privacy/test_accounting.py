@@ -49,6 +49,50 @@ def test_the_runs_of_the_paper_spend_what_the_design_says(
 
 
 @pytest.mark.parametrize(
+  'size, batch, noise_multiplier, steps, delta, by_rdp',
+  [
+    (233_000_000, 98_304, 0.48, 6_000, 1 / 466_000_000, 7.996),
+    (233_000_000, 81_920, 0.5, 10_000, 1 / 466_000_000, 6.996),
+    (50_000, 4_096, 3.0, 2_500, 1e-5, 7.098),
+    (1_281_167, 32_768, 2.5, 18_000, 8e-7, 7.980),
+  ],
+  ids=["ViP's run", "ViP's script", 'TAN on CIFAR-10', 'TAN on ImageNet'],
+)
+def test_the_runs_of_vip_and_tan_spend_what_they_state(
+  size, batch, noise_multiplier, steps, delta, by_rdp
+):
+  # ViP's delta is 1 / (2 N), of N = 233 million.
+  plan = privacy.PrivacyPlan(size, batch, steps, delta, 1.0, noise_multiplier, accountant='rdp')
+  assert round(plan.epsilon(), 3) == by_rdp
+
+
+def _divergence(order, q, noise_multiplier):
+  """Renyi's, of one Poisson-sampled Gaussian, by integration on a grid."""
+  z = np.linspace(-30 * noise_multiplier, order + 30 * noise_multiplier, 400_001)
+  shift = (2 * z - 1) / (2 * noise_multiplier**2)
+  log_ratio = np.logaddexp(math.log1p(-q), math.log(q) + shift)
+  log_density = -(z**2) / (2 * noise_multiplier**2) - math.log(
+    math.sqrt(2 * math.pi) * noise_multiplier
+  )
+  integral = special.logsumexp(order * log_ratio + log_density) + math.log(z[1] - z[0])
+  return integral / (order - 1)
+
+
+def test_with_little_noise_for_a_large_q_rdp_bounds_but_lacks_the_best_orders():
+  """ViP's script on ImageNet: 478 at order 1.2, where dp-accounting's series does not converge."""
+  size, order, steps, delta = 1_281_167, 1.2, 10_000, 1 / (2 * 1_281_167)
+  plan = privacy.PrivacyPlan(size, 81_920, steps, delta, 0.1, 0.5)
+  divergence = steps * _divergence(order, plan.sampling_probability, 0.5)
+  # Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), proposition 12; Balle et al. 2019.
+  conversion = math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+  assert divergence + conversion == pytest.approx(478.0, abs=0.1)
+  assert plan.epsilon(accountant='rdp') > 478
+  # The PLD speaks here: 452.8, and with a coarse one, in less time, a little more.
+  event = plan.event(steps)
+  assert 452 < privacy.accounting.epsilon(event, delta, 'pld', interval=1e-2) < 478
+
+
+@pytest.mark.parametrize(
   'accountant, make', [('rdp', rdp.RdpAccountant), ('pld', pld.PLDAccountant)]
 )
 def test_epsilon_is_that_of_dp_accounting_called_directly(rng, accountant, make):

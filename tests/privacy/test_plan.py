@@ -158,3 +158,55 @@ def test_the_event_counts_releases():
   assert event.count == 7
   assert event.event.sampling_probability == 0.1
   assert event.event.event.noise_multiplier == 1.5
+
+
+def test_a_simulation_has_the_noise_for_its_signal_and_no_guarantee():
+  run = privacy.PrivacyPlan(**RIGHT)
+  plan = run.simulation(20)
+  assert (plan.expected_batch_size, plan.noise_multiplier) == (5, 1.5 / 20)
+  assert plan.sampling_probability == 5 / 1000
+  assert plan.noise_multiplier / plan.expected_batch_size == pytest.approx(1.5 / 100)
+  assert (plan.steps, plan.delta, plan.clip_norm) == (run.steps, run.delta, run.clip_norm)
+  assert plan.noisy and not plan.private and plan.simulation_divisor == 20
+  assert plan.epsilon() == plan.epsilon(accountant='rdp') == math.inf
+  assert plan.attack_tpr(0.01, 50) is None and plan.gaussian_mu(50) is None
+  assert plan.simulated.epsilon() == run.epsilon() < math.inf
+  assert run.simulated is None and run.private
+  # What runs: it draws its own batch, and adds its own noise.
+  assert plan.make_sampler((1, 2)).expected_batch_size == 5
+  assert plan.make_mechanism().noise_multiplier == 1.5 / 20
+  assert privacy.PrivacyPlan(**dataclasses.asdict(plan)) == plan
+
+
+def test_a_simulation_may_have_less_noise_than_a_run():
+  plan = privacy.PrivacyPlan(**(RIGHT | {'noise_multiplier': 0.05})).simulation(100)
+  assert plan.noise_multiplier == 0.05 / 100
+
+
+@pytest.mark.parametrize('divisor', [0, -1, 3, 200, 2.0, True, NAN])
+def test_a_divisor_that_does_not_divide_the_batch_is_refused(divisor):
+  message = f'simulation_divisor is {divisor}; .* that divides expected_batch_size, 100'
+  with pytest.raises(ValueError, match=message):
+    privacy.PrivacyPlan(**RIGHT).simulation(divisor)
+
+
+@pytest.mark.parametrize('divisor', [0, 2.0, 11])
+def test_a_simulation_of_what_cannot_run_is_refused(divisor):
+  # 11 x 100 is more than the data.
+  with pytest.raises(ValueError, match='simulation_divisor is|expected_batch_size is 1100'):
+    privacy.PrivacyPlan(**RIGHT, simulation_divisor=divisor)
+
+
+def test_without_noise_there_is_nothing_to_simulate():
+  plan = privacy.PrivacyPlan(**(RIGHT | NOT_PRIVATE))
+  with pytest.raises(ValueError, match="simulation_divisor is 2; with mechanism 'none'"):
+    plan.simulation(2)
+
+
+def test_a_simulation_truncates_its_own_draws():
+  run = privacy.PrivacyPlan(**TRUNCATED)
+  plan = run.simulation(10)
+  assert plan.truncated_batch_size == math.ceil(10 + 8 * math.sqrt(10 * 0.99))
+  assert plan.simulated == run and run.truncated_batch_size == 176
+  with pytest.raises(ValueError, match='truncated_batch_size is 150; with simulation_divisor'):
+    dataclasses.replace(run, truncated_batch_size=150).simulation(10)

@@ -200,3 +200,28 @@ def test_a_large_delta_is_spelled_out(delta, limits, published):
 def test_a_delta_above_a_thousandth_is_large_for_few_records_too():
   plan = privacy.PrivacyPlan(100, 10, 5, 5e-3, 1.0, 2.0)
   assert make(plan, steps=5, releases=5)['delta_allows'].startswith('delta = 0.005 is above 0.001:')
+
+
+def test_a_simulation_is_no_guarantee_and_names_the_run_that_it_simulates():
+  statement = make(PLAN.simulation(6), releases=93)
+  assert statement['private'] is False
+  assert statement['epsilon'] == {'pld': None, 'rdp': None}
+  assert statement['attack_tpr'] == {'0.01': None, '0.001': None} and statement['gdp_mu'] is None
+  assert (statement['expected_batch_size'], statement['noise_multiplier']) == (113, 1.75 / 6)
+  assert statement['sampling_probability'] == 113 / 12_345
+  assert statement['clip_norm'] == 0.3 and statement['clip_function'] == 'Clip()'
+  bounds = {name: PLAN.epsilon(93, name) for name in ('pld', 'rdp')}
+  assert statement['simulates'] == {
+    'divisor': 6,
+    'expected_batch_size': 678,
+    'noise_multiplier': pytest.approx(1.75),
+    'sampling_probability': 678 / 12_345,
+    'epsilon': pytest.approx(bounds),
+  }
+  text = statement['text']
+  assert 'NO privacy guarantee' in text and 'differentially private' not in text
+  assert 'a simulation, at batch 113 and noise multiplier 0.2917, of a run at batch 678' in text
+  assert f'of epsilon {bounds["pld"]:.3f} by PLD, {bounds["rdp"]:.3f} by RDP' in text
+  assert "not this model's" in text
+  json.dumps(statement, allow_nan=False)
+  assert make()['simulates'] is None and 'simulation' not in make()['text']

@@ -443,6 +443,13 @@ def test_no_privacy(tmp_path, statement):
   assert read_run(tmp_path).epsilon_text().startswith('NO PRIVACY')
 
 
+def test_a_simulated_run_s_epsilon_is_named_as_such(tmp_path):
+  simulates = {'epsilon': {'pld': 7.337, 'rdp': None}}
+  text = plain(public(tmp_path, statement={'private': False, 'simulates': simulates}))
+  assert 'NO PRIVACY' in text and '∞' in text
+  assert 'of the simulated run 7.337 epsilon by PLD' in ' '.join(text.split())
+
+
 def test_epsilon_without_a_bound(tmp_path):
   run = read_run(write_run(tmp_path, statement={'epsilon': {'pld': None, 'rdp': 3.0}}))
   assert 'no finite bound' in plain(page.make_pages(run)['report.html'])

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from configs import dpcap, dpcap_batch200k, dpcap_epsilon2, dpcap_less_data
+from configs import dpcap, scenes
 from dpcap import data, privacy
 from dpcap.errors import UserError
 from dpcap.training import build
@@ -14,20 +14,52 @@ from tests import tiny
 
 
 @pytest.mark.parametrize(
-  'config, rdp, pld',
+  'words, rdp, pld',
   [
-    (dpcap.get_config(), 8.05, 7.34),
-    (dpcap_epsilon2.get_config(), 1.99, 1.78),
-    (dpcap_batch200k.get_config(), 7.98, 6.85),
-    (dpcap_less_data.get_config('10percent'), 7.35, 6.66),
-    (dpcap_less_data.get_config('1percent'), 6.63, 5.96),
+    ('', 8.05, 7.34),
+    ('epsilon2', 1.99, 1.78),
+    ('batch200k', 7.98, 6.85),
+    ('10percent', 7.35, 6.66),
+    ('1percent', 6.63, 5.96),
   ],
 )
-def test_the_paper_s_configs_give_its_ten_figures(config, rdp, pld):
+def test_the_paper_s_configs_give_its_ten_figures(words, rdp, pld):
+  config = dpcap.get_config(words)
   plan = build.make_plan(config, config.data.dataset_size)
   assert round(plan.epsilon(accountant='rdp'), 2) == rdp
   assert round(plan.epsilon(accountant='pld'), 2) == pld
   assert plan.delta == 1 / config.data.dataset_size
+
+
+@pytest.mark.parametrize(
+  'words, epsilon',
+  [
+    ('calibrated', 8),
+    ('epsilon2,calibrated', 2),
+    ('batch200k,calibrated', 8),
+    ('1percent,calibrated', 8),
+    ('epsilon1', 1),
+    ('batch20k', 8),
+  ],
+)
+def test_runs_of_the_study_are_calibrated_where_asked_or_where_the_paper_has_no_noise(
+  words, epsilon
+):
+  config = dpcap.get_config(words)
+  assert (config.privacy.epsilon, config.privacy.noise_multiplier) == (epsilon, None)
+  config.privacy.accountant = 'rdp'  # in less time
+  plan = build.make_plan(config, config.data.dataset_size)
+  assert 0.99 * epsilon < plan.epsilon() <= epsilon
+
+
+def test_the_study_scaled_down_keeps_its_proportions():
+  main, some = scenes.get_config('dpcap'), scenes.get_config('dpcap,1percent,batch328k,epsilon2')
+  assert some.data.source.size == main.data.source.size // 100
+  assert some.privacy.expected_batch_size == main.privacy.expected_batch_size // 400 + 1
+  assert (some.privacy.epsilon, main.privacy.epsilon) == (2, 8)
+  assert some.train.steps == main.train.steps // 2
+  with pytest.raises(UserError, match="'epsilon3' is no word of this config"):
+    scenes.get_config('dpcap,epsilon3')
 
 
 def test_epsilon_is_met_from_below_and_delta_defaults_to_one_over_n():
@@ -39,10 +71,27 @@ def test_epsilon_is_met_from_below_and_delta_defaults_to_one_over_n():
   assert not build.make_plan(config, 400).private
 
 
+@pytest.mark.parametrize('given', ['noise_multiplier', 'epsilon'])
+def test_a_simulation_divides_batch_and_noise_of_the_run_as_it_would_be(given):
+  config = tiny.get_config()
+  if given == 'epsilon':
+    config.privacy.noise_multiplier, config.privacy.epsilon = None, 0.5
+  run = build.make_plan(config, 400)
+  config.privacy.simulation_divisor = 4
+  plan = build.make_plan(config, 400)
+  assert plan == run.simulation(4) and not plan.private
+  assert plan.expected_batch_size == 5
+  assert plan.noise_multiplier == run.noise_multiplier / 4
+  config.privacy.noise_multiplier, config.privacy.epsilon = None, math.inf
+  with pytest.raises(UserError, match="config.privacy: simulation_divisor is 4; .*'none'"):
+    build.make_plan(config, 400)
+
+
 @pytest.mark.parametrize(
   'key, value, said',
   [
     ('sampler', 'shuffle', 'shuffle'),
+    ('simulation_divisor', 3, 'divides expected_batch_size, 20'),
     ('expected_batch_size', 401, '401'),
     ('clip_norm', math.inf, 'clip_norm is inf'),
   ],

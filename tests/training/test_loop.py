@@ -702,6 +702,21 @@ def test_run_without_privacy_says_so(tmp_path, capfd):
   assert 'NO privacy' in capfd.readouterr().err
 
 
+def test_a_simulation_says_whose_it_is_and_what_it_is_not(tmp_path, capfd):
+  loop.train(_config(privacy__simulation_divisor=5, train__steps=2), tmp_path / 'run')
+  statement = _statement(tmp_path / 'run')
+  assert not statement['private'] and statement['epsilon'] == {'pld': None, 'rdp': None}
+  assert (statement['expected_batch_size'], statement['noise_multiplier']) == (4, 0.8)
+  assert statement['simulates']['expected_batch_size'] == 20
+  assert statement['clipping'] != 'none'
+  said = capfd.readouterr().err
+  epsilon = statement['simulates']['epsilon']['pld']
+  assert f'NO privacy, a simulation of batch 20 (epsilon {epsilon:.3f} (PLD)' in said
+  assert 'batch 4 ' in said
+  lines = _lines(tmp_path / 'run' / 'metrics.jsonl')
+  assert [line['epsilon'] for line in lines] == [None, None]
+
+
 def _refused(config, workdir, *parts):
   with pytest.raises(UserError) as e:
     loop.train(config, pathlib.Path(workdir))

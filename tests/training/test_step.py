@@ -226,6 +226,19 @@ def test_step_without_privacy_is_the_plain_gradient(rng):
   _close(new.params, expected, 2e-5)
 
 
+def test_a_simulation_clips_and_adds_noise_and_divides_by_its_own_batch(rng):
+  plan = _plan().simulation(5)
+  step, state = _make(plan)
+  examples, mask = _examples(rng), np.arange(_BATCH) < 6
+  accumulator = _accumulate(step, state, examples, mask, 4)
+  _close(_total(accumulator), _direct_sum(state, examples, mask), 2e-5)
+  key = jax.random.key(int(rng.integers(1 << 31)))
+  own = privacy.MECHANISMS['gaussian'](_SIGMA / 5, _CLIP)
+  noisy, _ = own.add_noise(key, 0, _total(accumulator), ())
+  new, _, _, _ = step.update(_copy(state), accumulator, key, ())
+  _close(new.params, jax.tree.map(lambda p, g: p - g / (_EXPECTED / 5), state.params, noisy))
+
+
 def test_one_compiled_program_serves_every_draw(rng):
   step, state = _make(_plan())
   for live in (1, 3, 6):

@@ -143,6 +143,9 @@ def _privacy(s: dict[str, Any]) -> dict[str, str]:
         tiles.append(('epsilon', f'{value:,.3f}', note))
   else:
     tiles.append(('epsilon', '∞', 'no guarantee'))
+  for name, value in (s.get('simulates') or {'epsilon': {}})['epsilon'].items():
+    if value is not None:
+      tiles.append(('of the simulated run', f'{value:,.3f}', f'epsilon by {name.upper()}'))
   mantissa, exponent = f'{s["delta"]:.2e}'.split('e')
   delta = f'{float(mantissa):g} × 10<sup>{int(exponent)}</sup>'.replace('-', '−')
   tiles.append(('delta', delta, '1 / N' if math.isclose(s['delta'] * s['dataset_size'], 1) else ''))

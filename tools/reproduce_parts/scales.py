@@ -1,0 +1,40 @@
+"""At which scale a table is made: which config trains a run, and which evaluates it."""
+
+import importlib
+from collections.abc import Sequence
+
+import ml_collections
+
+# What a row's evaluations are called: `{data set}_{evaluator}`, as the config files have it.
+DATASETS = {
+  'paper': ('imagenet', 'places365', 'places205', 'inaturalist2021'),
+  'cpu': ('count', 'shape', 'color', 'color_shape'),
+  'smoke': ('count',),
+}
+SCALES = tuple(DATASETS)
+
+
+def training_config(scale: str, run: str) -> str:
+  """The value of --config that trains `run`, as 'configs/dpcap.py:base'."""
+  file, _, words = run.partition(':')
+  if scale == 'paper':
+    return f'configs/{file}.py:{words}' if words else f'configs/{file}.py'
+  return f'configs/scenes.py:{",".join(filter(None, (scale, file, words)))}'
+
+
+def evaluation_configs(scale: str, run: str, evaluations: Sequence[str]) -> dict[str, list[str]]:
+  """The values of --config that evaluate it, each with the names that it gives."""
+  if scale != 'paper':
+    return {','.join([training_config(scale, run), *evaluations]): list(evaluations)}
+  configs = {}
+  for name in evaluations:
+    dataset = name.partition('_')[0]
+    configs.setdefault(f'configs/evaluations.py:{dataset}@{run}', []).append(name)
+  return configs
+
+
+def load(config: str) -> ml_collections.ConfigDict:
+  """The ConfigDict that a value of --config names."""
+  file, _, argument = config.partition(':')
+  module = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
+  return module.get_config(argument) if argument else module.get_config()
