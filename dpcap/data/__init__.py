@@ -2,7 +2,14 @@
 
 from dpcap.data.byte_ranges import StoreError
 from dpcap.data.catalogue import DATASETS, Dataset, find_dataset, readable
-from dpcap.data.contents import Contents, Relation, compare, compare_kinds, known_apart
+from dpcap.data.contents import (
+  GENERATED,
+  Contents,
+  Relation,
+  compare,
+  compare_kinds,
+  known_apart,
+)
 from dpcap.data.epochs import AugmentedBatches
 from dpcap.data.first_look import look_at
 from dpcap.data.image import normalize
@@ -34,6 +41,7 @@ __all__ = [
   'EvaluationBatches',
   'EveryNth',
   'Examples',
+  'GENERATED',
   'ImageFolder',
   'ImageList',
   'LogicalBatches',

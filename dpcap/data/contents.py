@@ -134,6 +134,9 @@ class PreparedRecords:
 
 Contents = Drawn | ImageFiles | PreparedRecords
 
+# Kinds whose records are functions of their index: they come from no data, and none is anybody's.
+GENERATED = (Drawn.kind,)
+
 
 def compare(a: Contents, b: Contents) -> Relation:
   """Whether two sources share a record, as far as that is known; see above."""
@@ -150,8 +153,9 @@ def compare_kinds(a: str, b: str) -> Relation | None:
   """What the kinds of two sources (their names in a config) say; None: it takes a closer look."""
   if a == b:
     return None
-  if Drawn.kind in (a, b):
-    return Relation(True, 'scenes are drawn, not read from files')
+  for kind in GENERATED:
+    if kind in (a, b):
+      return Relation(True, f'{kind} are drawn, not read from files')
   return Relation(None, f'{a} and {b} are different kinds of files')
 
 

@@ -8,11 +8,20 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dpcap.errors import UserError
-from dpcap.models.blocks import unstack_blocks
+from dpcap.models.blocks import stack_blocks, unstack_blocks
 from dpcap.models.captioner import PADDING, Captioner
 from dpcap.models.sizes import SIZES, Size
 
-__all__ = ['Captioner', 'MODELS', 'PADDING', 'SIZES', 'Size', 'make_model', 'unstack_blocks']
+__all__ = [
+  'Captioner',
+  'MODELS',
+  'PADDING',
+  'SIZES',
+  'Size',
+  'make_model',
+  'stack_blocks',
+  'unstack_blocks',
+]
 
 MODELS = {'captioner': Captioner}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}

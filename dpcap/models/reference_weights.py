@@ -17,8 +17,15 @@ from dpcap.errors import UserError
 from dpcap.models.captioner import Captioner
 from dpcap.models.positions import image_positions, text_positions
 
-# In every official checkpoint, but no output of DP-Cap depends on them.
-UNUSED = ('text_pos_embed', 'encoder_text_type_embedding', 'mask_token', 'mask_token_text')
+# In every official checkpoint, but no output of DP-Cap depends on them. As `_POSITIONS` below, and
+# reference name -> the model's field that holds its width.
+_UNUSED_POSITIONS = {'text_pos_embed': (False, 'width')}
+_UNUSED_TOKENS = {
+  'encoder_text_type_embedding': 'width',
+  'mask_token': 'decoder_width',
+  'mask_token_text': 'decoder_width',
+}
+UNUSED = (*_UNUSED_POSITIONS, *_UNUSED_TOKENS)
 
 # The reference computes its positions in float32; anything above rounding is another model.
 POSITION_TOLERANCE = 1e-5
@@ -48,7 +55,8 @@ def from_reference(arrays: Mapping[str, np.ndarray], model: Captioner) -> dict[s
   """Variables {'params', 'frozen'} of `model` from the reference implementation's arrays.
 
   Args:
-    arrays: name -> array in PyTorch's layout, as in the official checkpoints.
+    arrays: name -> array in PyTorch's layout, as in the official checkpoints, or what has a shape
+      and becomes one (`weight_files.StoredArray`).
     model: a captioner of the size that the arrays are for.
 
   Returns:
@@ -78,12 +86,13 @@ def from_reference(arrays: Mapping[str, np.ndarray], model: Captioner) -> dict[s
   flat = {}
   for name, (path, layout) in table.items():
     array = _get(arrays, name)
+    # Before anything of it is read: it may be in a file.
     allowed = layout.save(np.zeros(expected[path].shape, bool)).shape
     if array.shape != allowed:
       raise UserError(
         f'reference weights: {name!r} has shape {array.shape}; this captioner needs {allowed}'
       )
-    flat[path] = layout.load(array.astype(np.float32))
+    flat[path] = layout.load(np.asarray(array, np.float32))
   for name, (is_image, width) in _POSITIONS.items():
     _check_positions(name, _get(arrays, name), is_image, getattr(model, width))
   return jax.tree.map(jnp.asarray, unflatten_dict(flat))
@@ -98,6 +107,33 @@ def to_reference(params: Mapping[str, Any], model: Captioner) -> dict[str, np.nd
   return {
     name: layout.save(np.asarray(flat[path])) for name, (path, layout) in _trained(model).items()
   }
+
+
+def state_dict(
+  variables: Mapping[str, Any], model: Captioner, image_size: int, text_length: int
+) -> dict[str, np.ndarray]:
+  """All that the reference model's `load_state_dict(strict=True)` asks for, in PyTorch's layout.
+
+  Trained and frozen arrays are those of `variables`, bit for bit; position embeddings are computed;
+  what DP-Cap never uses (`UNUSED`) is zero, but for `text_pos_embed`, a position embedding too.
+
+  Args:
+    variables: {'params', 'frozen'}, blocks unrolled.
+    model: what they are of.
+    image_size: side of the images that the reference model is made for, pixels.
+    text_length: of its texts, tokens.
+  """
+  frozen = flatten_dict(variables['frozen'])
+  arrays = to_reference(variables['params'], model)
+  arrays |= {name: layout.save(np.asarray(frozen[path])) for name, (path, layout) in _FROZEN.items()}
+  side = image_size // model.patch_size
+  for name, (is_image, field) in (_POSITIONS | _UNUSED_POSITIONS).items():
+    width = getattr(model, field)
+    computed = image_positions(side, side, width) if is_image else text_positions(text_length, width)
+    arrays[name] = computed[None].astype(np.float32)
+  for name, field in _UNUSED_TOKENS.items():
+    arrays[name] = np.zeros((1, 1, getattr(model, field)), np.float32)
+  return arrays
 
 
 def _trained(model: Captioner) -> dict[str, tuple[tuple[str, ...], _Layout]]:
@@ -159,15 +195,15 @@ _POSITIONS = {
 }
 
 
-def _get(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _get(arrays: Mapping[str, Any], name: str) -> Any:
   if name not in arrays:
     raise UserError(f'reference weights: array {name!r} is missing')
-  return np.asarray(arrays[name])
+  return arrays[name]
 
 
 def _check_positions(name: str, array: np.ndarray, is_image: bool, width: int):
   """Refuses stored positions that the model would not compute itself."""
-  if array.ndim != 3 or array.shape[0] != 1 or array.shape[2] != width:
+  if len(array.shape) != 3 or array.shape[0] != 1 or array.shape[2] != width:
     raise UserError(
       f'reference weights: {name!r} has shape {array.shape}; '
       f'this captioner needs (1, tokens, {width})'
@@ -184,7 +220,7 @@ def _check_positions(name: str, array: np.ndarray, is_image: bool, width: int):
     computed = image_positions(side, side, width)
   else:
     computed = text_positions(tokens, width)
-  error = np.max(np.abs(array[0] - computed))
+  error = np.max(np.abs(np.asarray(array)[0] - computed))
   if not error <= POSITION_TOLERANCE:
     raise UserError(
       f'reference weights: {name!r} differs from the sin-cos embedding by {error:.2g}; '

@@ -1,0 +1,160 @@
+"""What a file of reference weights is for, told from its names and shapes."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from dpcap import models
+from dpcap.errors import UserError
+from dpcap.models import official
+from dpcap.models.reference_weights import UNUSED, state_dict
+from dpcap.models.sizes import SIZES
+from dpcap.models.weight_files import save_weights
+
+IMAGE, TEXT, VOCABULARY = 16, 7, 25
+KEYS = {'name': 'captioner', 'size': 'micro', 'patch_size': None, 'dtype': 'float32'}
+
+
+@pytest.fixture(name='variables', scope='module')
+def _variables():
+  model = models.make_model(**KEYS, image_size=IMAGE, vocab_size=VOCABULARY)
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((IMAGE, IMAGE, 3)), np.zeros(TEXT, int))
+  # Off zero and one, so that no two arrays are alike.
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: np.float32(x + rng.normal(size=x.shape)), variables)
+
+
+@pytest.fixture(name='arrays', scope='module')
+def _arrays(variables):
+  return official.to_official(variables, KEYS, IMAGE, TEXT)
+
+
+def _same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_round_trip_is_exact(tmp_path, variables, arrays):
+  path = tmp_path / 'x.safetensors'
+  save_weights(path, arrays)
+  read = official.read_official(path)
+  _same(read.variables, variables)
+  assert read.description == official.Description(
+    {'name': 'captioner', 'size': 'micro', 'patch_size': None}, IMAGE, TEXT, VOCABULARY
+  )
+  assert read.claims is None and read.name == 'x.safetensors'
+
+
+def test_what_is_exported_is_all_that_the_reference_has(arrays):
+  # Names of the state dict beside those of blocks.
+  names = {
+    'cls_token': (1, 1, 16),
+    'pos_embed': (1, 5, 16),
+    'text_pos_embed': (1, 7, 16),
+    'mask_token': (1, 1, 16),
+    'mask_token_text': (1, 1, 16),
+    'decoder_pos_embed': (1, 5, 16),
+    'text_decoder_pos_embed': (1, 7, 16),
+    'encoder_image_type_embedding': (1, 1, 16),
+    'encoder_text_type_embedding': (1, 1, 16),
+    'decoder_image_type_embedding': (1, 1, 16),
+    'decoder_text_type_embedding': (1, 1, 16),
+    'patch_embed.proj.weight': (16, 3, 8, 8),
+    'patch_embed.proj.bias': (16,),
+    'text_embedding_layer_SimVLM.weight': (25, 16),
+    'norm.weight': (16,),
+    'norm.bias': (16,),
+    'decoder_embed.weight': (16, 16),
+    'decoder_embed.bias': (16,),
+    'decoder_pred_text.0.weight': (16,),
+    'decoder_pred_text.0.bias': (16,),
+    'decoder_pred_text.1.weight': (25, 16),
+    'decoder_pred_text.1.bias': (25,),
+  }
+  found = {n: x.shape for n, x in arrays.items() if not n.startswith(('blocks.', 'decoder.layers'))}
+  assert found == names
+  assert all(x.dtype == np.float32 for x in arrays.values())
+  for name in UNUSED:
+    # A position embedding starts with sin 0, ..., cos 0; the others are nowhere used.
+    assert np.abs(arrays[name]).max() == (1 if name == 'text_pos_embed' else 0)
+
+
+def test_a_checkpoint_of_another_model_is_not_exported(variables):
+  for keys in (KEYS | {'size': 'demo'}, KEYS | {'patch_size': 4}):
+    with pytest.raises(UserError, match='not those of their config'):
+      official.to_official(variables, keys, IMAGE, TEXT)
+  more = {**variables['params'], 'more': np.zeros(3, np.float32)}
+  with pytest.raises(UserError, match='not those of their config'):
+    official.to_official(variables | {'params': more}, KEYS, IMAGE, TEXT)
+  with pytest.raises(UserError, match="'classifier'; the reference has captioner"):
+    official.to_official(variables, KEYS | {'name': 'classifier'}, IMAGE, TEXT)
+
+
+def _shapes(arrays, **changed):
+  shapes = {name: x.shape for name, x in arrays.items()} | changed
+  return {n: types.SimpleNamespace(shape=s) for n, s in shapes.items() if s is not None}
+
+
+@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('text_length', [40, 77])
+def test_every_size_and_text_length_is_told_from_shapes(name, text_length):
+  """The shapes are those of the reference, told apart from how ours come out."""
+  size = SIZES[name]
+  shapes = {
+    'patch_embed.proj.weight': (size.width, 3, 16, 16),
+    'decoder_embed.weight': (size.decoder_width, size.width),
+    'text_embedding_layer_SimVLM.weight': (30_522, size.decoder_width),
+    'pos_embed': (1, 197, size.width),
+    'text_decoder_pos_embed': (1, text_length, size.decoder_width),
+    **{f'blocks.{i}.norm1.bias': (size.width,) for i in range(size.depth)},
+    **{f'decoder.layers.{i}.norm1.bias': (size.decoder_width,) for i in range(size.decoder_depth)},
+  }
+  described = official.KINDS['captioner'].describe(_shapes({}, **shapes))
+  patch_size = None if size.patch_size == 16 else 16
+  assert described == official.Description(
+    {'name': 'captioner', 'size': name, 'patch_size': patch_size}, 224, text_length, 30_522
+  )
+
+
+@pytest.mark.parametrize(
+  'changed, message',
+  [
+    ({'text_embedding_layer_SimVLM.weight': None}, 'of no known model'),
+    ({'pos_embed': None}, "'pos_embed' is missing"),
+    ({'pos_embed': (1, 4, 16)}, "'pos_embed' has 4 tokens"),
+    ({'pos_embed': (1, 1, 16)}, "'pos_embed' has 1 tokens"),
+    ({'decoder_embed.weight': (16,)}, r"'decoder_embed.weight' has shape \(16,\); .* 2 axes"),
+    ({'blocks.7.norm1.bias': (16,)}, r'of no known size \(width 16, depth 2, .*micro, demo, nano'),
+    ({'patch_embed.proj.weight': (16, 3, 0, 0)}, 'patches have 0 pixels'),
+  ],
+)
+def test_what_shapes_do_not_fit_is_named(arrays, changed, message):
+  shapes = _shapes(arrays, **changed)
+  with pytest.raises(UserError, match=message):
+    official.find_kind(shapes).describe(shapes)
+
+
+def test_nothing_is_read_that_the_model_does_not_have(tmp_path, arrays, monkeypatch):
+  """An array that is larger than it should be, or unknown, stays on disk."""
+  path = tmp_path / 'x.npz'
+  for change in ({'norm.bias': np.zeros(10_000)}, {'more': np.zeros(3)}):
+    np.savez(path, **(arrays | change))
+    name = next(iter(change))
+
+    def read(file, allow_pickle):
+      array = np.lib.format.read_array(file, allow_pickle=allow_pickle)
+      assert array.size not in (3, 10_000)
+      return array
+
+    namespace = types.SimpleNamespace(**vars(np.lib.format) | {'read_array': read})
+    monkeypatch.setattr('dpcap.models.weight_files.npy', namespace)
+    with pytest.raises(UserError, match=repr(name)):
+      official.read_official(path)
+
+
+def test_a_known_name_has_its_publishers_claims(tmp_path, arrays):
+  path = tmp_path / 'base-eps7.safetensors'
+  save_weights(path, arrays)
+  assert 'epsilon about 7' in official.read_official(path).claims
