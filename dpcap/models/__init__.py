@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from dpcap.errors import UserError
 from dpcap.models.blocks import stack_blocks, unstack_blocks
 from dpcap.models.captioner import PADDING, Captioner
+from dpcap.models.mae import MAE
 from dpcap.models.sizes import SIZES, Size
 
 __all__ = [
   'Captioner',
+  'MAE',
   'MODELS',
   'PADDING',
   'SIZES',

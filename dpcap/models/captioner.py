@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dpcap.models.decoder import Cache, CaptionDecoder
 from dpcap.models.positions import image_positions
+from dpcap.models.precision import at_least_float32
 from dpcap.models.vit import Dense, ViT, frozen, patch_grid
 
 PADDING = 0  # the token id that carries no loss
@@ -33,6 +34,8 @@ class Captioner(nn.Module):
     scan_blocks: compile one block of the encoder and one of the decoder, their parameters stacked.
     remat: compute the inside of every block again in the backward pass.
   """
+
+  INPUTS = ('image', 'tokens')
 
   vocab_size: int
   patch_size: int
@@ -78,7 +81,7 @@ class Captioner(nn.Module):
 
   def features(self, image_HxWx3: jax.Array) -> jax.Array:
     """Image features for probing, (..., decoder_width): the mean over the memory's tokens."""
-    return jnp.mean(_at_least_float32(self.memory(image_HxWx3)), axis=-2)
+    return jnp.mean(at_least_float32(self.memory(image_HxWx3)), axis=-2)
 
   def decode(self, memory_SxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
     """Logits (..., T, vocab_size) of the token after each of `tokens_T` (..., T)."""
@@ -110,7 +113,7 @@ class Captioner(nn.Module):
   def text_loss(self, memory_SxD: jax.Array, tokens_L: jax.Array) -> jax.Array:
     """The `loss` of captions of an image whose memory is known; its leading axes may be 1."""
     inputs_T, targets_T = tokens_L[..., :-1], tokens_L[..., 1:]
-    logits_TxV = _at_least_float32(self.decode(memory_SxD, inputs_T))
+    logits_TxV = at_least_float32(self.decode(memory_SxD, inputs_T))
     target_logits_T = jnp.take_along_axis(logits_TxV, targets_T[..., None], axis=-1)[..., 0]
     losses_T = jax.nn.logsumexp(logits_TxV, axis=-1) - target_logits_T
     counted_T = targets_T != PADDING
@@ -118,7 +121,3 @@ class Captioner(nn.Module):
     return jnp.sum(losses_T, axis=-1, where=counted_T) / count
 
   __call__ = loss
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
