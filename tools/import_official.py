@@ -2,20 +2,21 @@
 
     python -m tools.import_official FILE OUT
 
-FILE is a .safetensors, an .npz or a .pth (facebookresearch/dpcap; for a .pth torch must be
-installed); its weights stand in an entry "model" or bare. Which model it is for is told by the names
-and shapes in it. OUT becomes a workdir without a run: config.json, privacy.json and
+FILE is a .safetensors, an .npz or a .pth (for which torch must be installed) of
+facebookresearch/dpcap or, encoder and decoder, of facebookresearch/ViP-MAE; its weights stand in an
+entry "model" or bare. Which model it is for is told by the names and shapes in it. OUT becomes a workdir without a run: config.json, privacy.json and
 checkpoints/0, so that
 
     python -m dpcap.evaluate --config=... --workdir=DIR --config.checkpoint=OUT
 
 evaluates it. The statement says that nothing is vouched for, the file's SHA-256, and what a publisher
 claims of a file of that name. Every array must be there, under its name and of its shape; position
-embeddings must be those that our model computes; what DP-Cap never uses is left out.
+embeddings must be those that our model computes (of an MAE they may have been trained: then they
+are parameters); what DP-Cap never uses is left out.
 
-Prints one JSON line: {"model", "size", "patch_size", "image_size", "text_length", "vocab_size",
-"parameters", "sha256", "checkpoint"}: what the config of an evaluation must have. Exits 2 if FILE or
-OUT is refused.
+Prints one JSON line: {"model": {...}, "image_size", "text_length", "vocab_size", "parameters",
+"sha256", "checkpoint"}: what the config of an evaluation must have; null where the model reads no
+text. Exits 2 if FILE or OUT is refused.
 """
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
@@ -47,14 +48,8 @@ def import_official(file: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
   """
   read = read_official(file)
   checkpoint = _write(out, read)
-  model = read.description.model
   return {
-    'model': model['name'],
-    'size': model['size'],
-    'patch_size': model['patch_size'],
-    'image_size': read.description.image_size,
-    'text_length': read.description.text_length,
-    'vocab_size': read.description.vocab_size,
+    **read.description._asdict(),
     'parameters': sum(x.size for x in jax.tree.leaves(read.variables['params'])),
     'sha256': read.sha256,
     'checkpoint': checkpoint,

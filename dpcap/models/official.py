@@ -2,9 +2,10 @@
 
 The names and shapes of the arrays tell everything: model, size, patch, image, text length and
 vocabulary. What is not one of the sizes that the reference has is refused, for shapes do not tell
-the heads of attention.
+the heads of attention. Each kind of model is one row of `KINDS`.
 """
 
+import functools
 import math
 import os
 import re
@@ -18,7 +19,12 @@ import numpy as np
 from dpcap import models
 from dpcap.errors import UserError
 from dpcap.models import reference_weights, weight_files
+from dpcap.models.mae import MAE
 from dpcap.models.sizes import SIZES
+
+
+# Positions are computed: a file must not ask for any number of them.
+_MOST_TOKENS = 2**16
 
 
 class Description(NamedTuple):
@@ -42,16 +48,15 @@ class Kind(NamedTuple):
 
   Attributes:
     mark: an array that no other kind has.
-    describe: (arrays by name) -> Description, from shapes alone; UserError names what is amiss.
-    load: (arrays by name, model) -> variables {'params', 'frozen'}; likewise.
-    save: (variables, model, image_size, text_length) -> all arrays of the reference's state dict.
+    describe: (arrays by name) -> Description; UserError names what is amiss.
+    make: the model, from the keys of the config's section `model` but its name, image_size and
+      vocab_size.
     vocab_size: (params) -> token ids, or None.
   """
 
   mark: str
   describe: Callable[[Mapping[str, Any]], Description]
-  load: Callable[[Mapping[str, Any], nn.Module], dict[str, Any]]
-  save: Callable[..., dict[str, Any]]
+  make: Callable[..., nn.Module]
   vocab_size: Callable[[dict[str, Any]], int | None]
 
 
@@ -87,10 +92,8 @@ def read_official(path: str | os.PathLike) -> OfficialFile:
   with weight_files.open_weights(path) as arrays:
     kind = find_kind(arrays)
     description = kind.describe(arrays)
-    model = models.make_model(
-      image_size=description.image_size, vocab_size=description.vocab_size, **description.model
-    )
-    variables = kind.load(arrays, model)
+    model = _make(description.model, description.image_size, description.vocab_size)
+    variables = {'frozen': {}} | reference_weights.from_reference(arrays, model)
   name = os.path.basename(path)
   claims = CLAIMS.get(os.path.splitext(name)[0])
   return OfficialFile(description, variables, name, weight_files.sha256(path), claims)
@@ -113,19 +116,24 @@ def to_official(
   name = model_keys['name']
   if name not in KINDS:
     raise UserError(f'model.name is {name!r}; the reference has {", ".join(KINDS)}')
-  kind = KINDS[name]
   try:
-    keys = {**model_keys, 'scan_blocks': False}
-    vocab_size = kind.vocab_size(variables['params'])
-    model = models.make_model(image_size=image_size, vocab_size=vocab_size, **keys)
-    arrays = kind.save(variables, model, image_size, text_length)
+    vocab_size = KINDS[name].vocab_size(variables['params'])
+    model = _make({**model_keys, 'scan_blocks': False}, image_size, vocab_size)
+    arrays = reference_weights.state_dict(variables, model, image_size, text_length)
     # Nothing may have been left out, or come out otherwise.
-    exact = _same_bits(kind.load(arrays, model), variables)
+    back = {'frozen': {}} | reference_weights.from_reference(arrays, model)
+    exact = _same_bits(back, variables)
   except (UserError, KeyError, TypeError, ValueError) as e:
     raise UserError(f'the weights are not those of their config ({e})') from e
   if not exact:
     raise UserError('the weights are not those of their config')
   return arrays
+
+
+def _make(keys: Mapping[str, Any], image_size: int, vocab_size: int | None) -> nn.Module:
+  keys = dict(keys)
+  make = KINDS[keys.pop('name')].make
+  return make(image_size=image_size, vocab_size=vocab_size, **keys)
 
 
 def _same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -161,8 +169,32 @@ def _describe_captioner(arrays: Mapping[str, Any]) -> Description:
   return Description(
     model=dict(name='captioner', size=size, patch_size=_patch_size(size, patch_size)),
     image_size=_side(arrays, 'pos_embed') * patch_size,
-    text_length=_shape(arrays, 'text_decoder_pos_embed', 3)[1],
+    text_length=_tokens(arrays, 'text_decoder_pos_embed'),
     vocab_size=_shape(arrays, _CAPTIONER_MARK, 2)[0],
+  )
+
+
+def _describe_mae(arrays: Mapping[str, Any]) -> Description:
+  width, _, patch_size, _ = _shape(arrays, 'patch_embed.proj.weight', 4)
+  size = _size(dict(width=width, depth=_count(arrays, 'blocks')))
+  return Description(
+    model=dict(
+      name='mae',
+      size=size,
+      patch_size=_patch_size(size, patch_size),
+      decoder_width=_shape(arrays, 'decoder_embed.weight', 2)[0],
+      decoder_depth=_count(arrays, 'decoder_blocks'),
+      # As all of ViP's have it; shapes do not tell.
+      decoder_heads=16,
+      train_positions=not all(
+        reference_weights.is_sincos(arrays[name])
+        for name in ('pos_embed', 'decoder_pos_embed')
+        if _side(arrays, name)
+      ),
+    ),
+    image_size=_side(arrays, 'pos_embed') * patch_size,
+    text_length=None,
+    vocab_size=None,
   )
 
 
@@ -199,11 +231,19 @@ def _count(arrays: Mapping[str, Any], prefix: str) -> int:
 
 def _side(arrays: Mapping[str, Any], name: str) -> int:
   """Patches along a side of the image that position embeddings (1, 1 + side^2, D) are for."""
-  tokens = _shape(arrays, name, 3)[1]
+  tokens = _tokens(arrays, name)
   side = math.isqrt(max(tokens - 1, 0))
   if side < 1 or tokens != 1 + side**2:
     raise UserError(f'reference weights: {name!r} has {tokens} tokens; a square image has 1 + side^2')
   return side
+
+
+def _tokens(arrays: Mapping[str, Any], name: str) -> int:
+  """Of position embeddings (1, tokens, D)."""
+  tokens = _shape(arrays, name, 3)[1]
+  if tokens > _MOST_TOKENS:
+    raise UserError(f'reference weights: {name!r} has {tokens:,} tokens; at most {_MOST_TOKENS:,}')
+  return tokens
 
 
 _CAPTIONER_MARK = 'text_embedding_layer_SimVLM.weight'
@@ -212,10 +252,17 @@ KINDS = {
   'captioner': Kind(
     mark=_CAPTIONER_MARK,
     describe=_describe_captioner,
-    load=reference_weights.from_reference,
-    save=reference_weights.state_dict,
+    make=functools.partial(models.make_model, 'captioner'),
     vocab_size=lambda params: params['decoder']['token_embedding']['embedding'].shape[0],
-  )
+  ),
+  'mae': Kind(
+    mark='decoder_pred.weight',
+    describe=_describe_mae,
+    make=functools.partial(
+      MAE.make, remat=False, dtype='float32', scan_blocks=False, mask_ratio=MAE.mask_ratio
+    ),
+    vocab_size=lambda params: None,
+  ),
 }
 
 # What publishers say of their files, by name without extension.
@@ -223,5 +270,9 @@ CLAIMS = {
   'base-eps7': (
     'facebookresearch/dpcap: size base, epsilon about 7, sigma 0.527, 5,000 steps of 1.3 million,'
     " on MetaCLIP's data of 2 billion pairs; no delta is given"
+  ),
+  'ckpt-vip-syn-base': (
+    'facebookresearch/ViP-MAE: size base, encoder and decoder, pre-trained on synthetic images'
+    ' (Shaders21k) alone, without privacy'
   ),
 }

@@ -155,14 +155,23 @@ def _check_positions(
   if tokens == 0:
     raise UserError(f'reference weights: {name!r} has no tokens')
   if is_image:
-    side = _side(name, array)
-    computed = image_positions(side, side, width)
-  else:
-    computed = text_positions(tokens, width)
-  error = np.max(np.abs(np.asarray(array)[0] - computed))
+    _side(name, array)
+  error = _distance_from_sincos(array, is_image)
   if not error <= POSITION_TOLERANCE:
     way_out = '; train_positions=True takes them as they are' if isinstance(model, MAE) else ''
     raise UserError(
       f'reference weights: {name!r} differs from the sin-cos embedding by {error:.2g}; '
       f'at most {POSITION_TOLERANCE} is rounding{way_out}'
     )
+
+
+def is_sincos(array: Any) -> bool:
+  """Whether stored positions (1, 1 + side^2, D) of an image are what we compute, up to rounding."""
+  return array.shape[2] % 4 == 0 and _distance_from_sincos(array, True) <= POSITION_TOLERANCE
+
+
+def _distance_from_sincos(array: Any, is_image: bool) -> float:
+  _, tokens, width = array.shape
+  side = math.isqrt(tokens - 1)
+  computed = image_positions(side, side, width) if is_image else text_positions(tokens, width)
+  return np.max(np.abs(np.asarray(array)[0] - computed))

@@ -17,13 +17,18 @@ IMAGE, TEXT, VOCABULARY = 16, 7, 25
 KEYS = {'name': 'captioner', 'size': 'micro', 'patch_size': None, 'dtype': 'float32'}
 
 
+def drawn(model, *inputs):
+  """Variables of a model, no two arrays of which are alike."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  rng = np.random.default_rng(0)
+  draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
+  return {'frozen': {}} | jax.tree.map(draw, shapes)
+
+
 @pytest.fixture(name='variables', scope='module')
 def _variables():
   model = models.make_model(**KEYS, image_size=IMAGE, vocab_size=VOCABULARY)
-  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((IMAGE, IMAGE, 3)), np.zeros(TEXT, int))
-  # Off zero and one, so that no two arrays are alike.
-  rng = np.random.default_rng(0)
-  return jax.tree.map(lambda x: np.float32(x + rng.normal(size=x.shape)), variables)
+  return drawn(model, np.zeros((IMAGE, IMAGE, 3)), np.zeros(TEXT, int))
 
 
 @pytest.fixture(name='arrays', scope='module')
@@ -157,3 +162,50 @@ def test_a_known_name_has_its_publishers_claims(tmp_path, arrays):
   path = tmp_path / 'base-eps7.safetensors'
   save_weights(path, arrays)
   assert 'epsilon about 7' in official.read_official(path).claims
+
+
+MAE_KEYS = {
+  'name': 'mae',
+  'size': 'micro',
+  'patch_size': 4,
+  'decoder_width': 32,
+  'decoder_depth': 2,
+  'decoder_heads': 16,
+}
+
+
+@pytest.mark.parametrize('trained', [False, True])
+def test_a_masked_autoencoder_goes_there_and_back(tmp_path, trained):
+  """Whether its positions were trained is seen by what they are."""
+  keys = MAE_KEYS | {'train_positions': trained}
+  model = models.MAE.make(
+    **{key: x for key, x in keys.items() if key != 'name'},
+    image_size=IMAGE,
+    vocab_size=None,
+    remat=False,
+    dtype='float32',
+    scan_blocks=False,
+    mask_ratio=0.5,
+  )
+  variables = drawn(model, np.zeros((IMAGE, IMAGE, 3)), np.zeros(2, np.uint32))
+  # As its config has them; the loss has no part in the file.
+  arrays = official.to_official(variables, keys | {'mask_ratio': 0.5}, IMAGE, TEXT)
+  assert arrays['pos_embed'].shape == (1, 17, 16)
+  assert arrays['decoder_pos_embed'].shape == (1, 17, 32)
+  save_weights(tmp_path / 'x.safetensors', arrays)
+  read = official.read_official(tmp_path / 'x.safetensors')
+  _same(read.variables, variables)
+  assert read.description == official.Description(keys, IMAGE, None, None)
+
+
+def test_of_two_models_none_is_taken(arrays):
+  shapes = _shapes(arrays, **{'decoder_pred.weight': (192, 16)})
+  with pytest.raises(UserError, match='of no known model; one of these must be there'):
+    official.find_kind(shapes)
+
+
+def test_positions_are_not_computed_without_bound(arrays):
+  for name in ('pos_embed', 'text_decoder_pos_embed'):
+    shapes = _shapes(arrays, **{name: (1, 1 + 300**2, 16)})
+    with pytest.raises(UserError, match=f"'{name}' has 90,001 tokens; at most 65,536"):
+      official.find_kind(shapes).describe(shapes)

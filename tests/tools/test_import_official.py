@@ -56,9 +56,7 @@ def test_config_and_line_say_what_the_file_is_for(weights, imported, tmp_path, c
   assert import_official.main([str(weights[0]), str(tmp_path / 'again')]) == 0
   count = sum(x.size for x in jax.tree.leaves(weights[1]['params']))
   assert json.loads(capsys.readouterr().out) == {
-    'model': 'captioner',
-    'size': 'micro',
-    'patch_size': None,
+    'model': {'name': 'captioner', 'size': 'micro', 'patch_size': None},
     'image_size': 16,
     'text_length': 8,
     'vocab_size': 25,
@@ -114,6 +112,24 @@ def test_a_model_of_scanned_blocks_is_exported_alike(weights, imported, tmp_path
   monkeypatch.setattr(export_official, 'read_model', lambda checkpoint: stacked)
   assert export_official.main([str(imported), str(tmp_path / 'x.safetensors')]) == 0
   assert (tmp_path / 'x.safetensors').read_bytes() == weights[0].read_bytes()
+
+
+def test_a_masked_autoencoder(tmp_path, capsys):
+  """As ViP's; its positions were trained."""
+  made = models.MAE(4, 16, 1, 2, 32, 1, 16, train_positions=True)
+  shapes = jax.eval_shape(made.init, jax.random.key(0), np.zeros((8, 8, 3)), np.zeros(2, np.uint32))
+  draw = lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32)
+  keys = {'name': 'mae', 'size': 'micro', 'patch_size': 4, 'decoder_width': 32, 'decoder_depth': 1}
+  keys |= {'decoder_heads': 16, 'train_positions': True}
+  variables = {'frozen': {}} | jax.tree.map(draw, shapes)
+  path, out, back = (tmp_path / name for name in ('x.safetensors', 'out', 'back.safetensors'))
+  save_weights(path, official.to_official(variables, keys, 8, 0))
+  assert import_official.main([str(path), str(out)]) == 0
+  line = json.loads(capsys.readouterr().out)
+  assert line['model'] == keys and line['text_length'] is None and line['image_size'] == 8
+  assert keys.items() <= json.loads((out / 'config.json').read_text())['model'].items()
+  assert export_official.main([str(out), str(back)]) == 0
+  assert back.read_bytes() == path.read_bytes()
 
 
 def test_refusals_are_one_line(weights, imported, tmp_path, capsys):
