@@ -178,6 +178,23 @@ SECTIONS = {
       check=FRACTION,
       optional=True,
     ),
+    'init': Key(
+      str,
+      None,
+      'weights to start from: a checkpoint, a workdir (its newest checkpoint) or an official file'
+      ' (.safetensors, .npz, .pth); None: from model_seed',
+      check=GIVEN,
+      optional=True,
+    ),
+    'init_parts': Key(
+      tuple,
+      ('all',),
+      "what is taken from init: all, or top-level modules of the model, such as ('encoder',)",
+      check=(
+        lambda x: bool(x) and all(isinstance(name, str) for name in x),
+        "('all',) or names of modules",
+      ),
+    ),
     'log_every': Key(int, 10, 'steps', check=POSITIVE, fixed=False),
     'checkpoint_every': Key(int, 100, 'steps', check=POSITIVE, fixed=False),
     'evaluate_at': Key(

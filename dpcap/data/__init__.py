@@ -2,7 +2,14 @@
 
 from dpcap.data.byte_ranges import StoreError
 from dpcap.data.catalogue import DATASETS, Dataset, find_dataset, readable
-from dpcap.data.contents import Contents, Relation, compare, compare_kinds, known_apart
+from dpcap.data.contents import (
+  GENERATED,
+  Contents,
+  Relation,
+  compare,
+  compare_kinds,
+  known_apart,
+)
 from dpcap.data.epochs import AugmentedBatches
 from dpcap.data.examples import Example, Transform, unit
 from dpcap.data.first_look import look_at
@@ -35,6 +42,7 @@ __all__ = [
   'EvaluationBatches',
   'EveryNth',
   'Example',
+  'GENERATED',
   'ImageFolder',
   'ImageList',
   'LogicalBatches',

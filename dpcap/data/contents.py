@@ -32,7 +32,7 @@ import numpy as np
 # Enough for pictures with the same header to differ, and no more than one read of a disk.
 HEAD = 4096
 # Kinds of sources whose records are drawn.
-DRAWN = ('scenes', 'textures')
+GENERATED = ('scenes', 'textures')
 # Storage sets the pace. More tables at a time would fill the memory.
 _THREADS = 16
 
@@ -51,7 +51,7 @@ class Relation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """Records 0 to `size` of a split, functions of their index; `kind` is one of DRAWN."""
+  """Records 0 to `size` of a split, functions of their index; `kind` is one of GENERATED."""
 
   kind: str
   split: str
@@ -136,6 +136,8 @@ class PreparedRecords:
 
 Contents = Drawn | ImageFiles | PreparedRecords
 
+# Kinds whose records are functions of their index: they come from no data, and none is anybody's.
+
 
 def compare(a: Contents, b: Contents) -> Relation:
   """Whether two sources share a record, as far as that is known; see above."""
@@ -152,7 +154,7 @@ def compare_kinds(a: str, b: str) -> Relation | None:
   """What the kinds of two sources (their names in a config) say; None: it takes a closer look."""
   if a == b:
     return None
-  for kind in DRAWN:
+  for kind in GENERATED:
     if kind in (a, b):
       return Relation(True, f'{kind} are drawn by rules of their own, not read from files')
   return Relation(None, f'{a} and {b} are different kinds of files')

@@ -17,7 +17,7 @@ What else an evaluation needs it looks for by name, as `logits` or `text_loss`.
 import flax.linen as nn
 
 from dpcap.errors import UserError
-from dpcap.models.blocks import unstack_blocks
+from dpcap.models.blocks import stack_blocks, unstack_blocks
 from dpcap.models.captioner import PADDING, Captioner
 from dpcap.models.keys import one_of
 from dpcap.models.mae import MAE
@@ -34,6 +34,7 @@ __all__ = [
   'SIZES',
   'Size',
   'make_model',
+  'stack_blocks',
   'unstack_blocks',
 ]
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 # Where the parameters of scanned blocks are, stacked along a leading axis of blocks; unrolled
@@ -74,4 +75,21 @@ def unstack_blocks(variables: dict) -> dict:
   if stacked := variables.get(_STACKED):
     depth = len(jax.tree.leaves(stacked)[0])
     out |= {f'block_{i}': jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
+  return out
+
+
+def stack_blocks(variables: dict, like: dict) -> dict:
+  """The inverse of `unstack_blocks`, where `like` (arrays or shapes) has scanned blocks.
+
+  Args:
+    variables: numpy arrays, all that `like` has but for its blocks being unrolled.
+    like: variables of the model that they are for.
+  """
+  if not isinstance(like, dict):
+    return variables
+  out = {name: stack_blocks(variables[name], like[name]) for name in like if name != _STACKED}
+  if stacked := like.get(_STACKED):
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    blocks = [variables[f'block_{i}'] for i in range(depth)]
+    out[_STACKED] = jax.tree.map(lambda *arrays: np.stack(arrays), *blocks)
   return out

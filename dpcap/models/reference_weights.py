@@ -30,7 +30,8 @@ def from_reference(arrays: Mapping[str, np.ndarray], model: Captioner | MAE) -> 
   """Variables of `model` from a reference implementation's arrays.
 
   Args:
-    arrays: name -> array in PyTorch's layout, as in the official checkpoints.
+    arrays: name -> array in PyTorch's layout, as in the official checkpoints, or what has a shape
+      and becomes one (`weight_files.StoredArray`): nothing of an unfit shape is read.
     model: of the kind and size that the arrays are for, its blocks unrolled.
 
   Returns:
@@ -62,7 +63,7 @@ def from_reference(arrays: Mapping[str, np.ndarray], model: Captioner | MAE) -> 
       raise UserError(
         f'reference weights: {name!r} has shape {array.shape}; a {_called(model)} needs {allowed}'
       )
-    flat[path] = layout.load(array.astype(np.float32))
+    flat[path] = layout.load(np.asarray(array, np.float32))
   return jax.tree.map(jnp.asarray, unflatten_dict(flat))
 
 
@@ -78,6 +79,33 @@ def to_reference(params: Mapping[str, Any], model: Captioner | MAE) -> dict[str,
   }
 
 
+def state_dict(
+  variables: Mapping[str, Any], model: Captioner | MAE, image_size: int, text_length: int
+) -> dict[str, np.ndarray]:
+  """All that the reference model's `load_state_dict(strict=True)` asks for, in PyTorch's layout.
+
+  Trained and frozen arrays are those of `variables`, bit for bit; fixed position embeddings are
+  computed; what no output depends on is zero.
+
+  Args:
+    variables: {'params', 'frozen'}, blocks unrolled.
+    model: what they are of.
+    image_size: side of the images that the reference model is made for, pixels.
+    text_length: of its texts, tokens.
+  """
+  names, frozen = _names(model), flatten_dict(variables['frozen'])
+  arrays = to_reference(variables['params'], model)
+  for name, (path, layout) in names.frozen.items():
+    arrays[name] = layout.save(np.asarray(frozen[path]))
+  side = image_size // model.patch_size
+  for name, (is_image, width) in names.positions.items():
+    computed = image_positions(side, side, width) if is_image else text_positions(text_length, width)
+    arrays[name] = computed[None].astype(np.float32)
+  for name, (is_text, width) in names.unused.items():
+    arrays[name] = np.zeros((1, text_length if is_text else 1, width), np.float32)
+  return arrays
+
+
 def _names(model: Captioner | MAE) -> Names:
   return mae_names(model) if isinstance(model, MAE) else captioner_names(model)
 
@@ -90,24 +118,22 @@ def _shapes(model: Captioner | MAE, side: int) -> dict[str, Any]:
   """What `init` returns for images of side x side patches, as shapes."""
   pixels = side * model.patch_size
   example = {
-    'image': jnp.zeros((pixels, pixels, 3)),
-    'tokens': jnp.zeros(2, jnp.int32),  # weights do not depend on the text's length
-    'key': jnp.zeros(2, jnp.uint32),
+    'image': jax.ShapeDtypeStruct((pixels, pixels, 3), jnp.float32),
+    'tokens': jax.ShapeDtypeStruct((2,), jnp.int32),  # weights do not depend on the text's length
+    'key': jax.ShapeDtypeStruct((2,), jnp.uint32),
   }
-  return jax.eval_shape(
-    model.init, jax.random.key(0), *(example[field] for field in model.INPUTS)
-  )
+  return jax.eval_shape(model.init, jax.random.key(0), *(example[name] for name in model.INPUTS))
 
 
-def _get(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _get(arrays: Mapping[str, Any], name: str) -> Any:
   if name not in arrays:
     raise UserError(f'reference weights: array {name!r} is missing')
-  return np.asarray(arrays[name])
+  return arrays[name]
 
 
-def _side(name: str, array: np.ndarray) -> int:
+def _side(name: str, array: Any) -> int:
   """Patches along a side of the images that position embeddings (1, 1 + side^2, width) are for."""
-  tokens = array.shape[1] if array.ndim == 3 else 0
+  tokens = array.shape[1] if len(array.shape) == 3 else 0
   side = math.isqrt(max(tokens - 1, 0))
   if tokens != 1 + side**2:
     raise UserError(
@@ -117,10 +143,10 @@ def _side(name: str, array: np.ndarray) -> int:
 
 
 def _check_positions(
-  name: str, array: np.ndarray, is_image: bool, width: int, model: Captioner | MAE
+  name: str, array: Any, is_image: bool, width: int, model: Captioner | MAE
 ) -> None:
   """Refuses stored positions that the model would not compute itself."""
-  if array.ndim != 3 or array.shape[0] != 1 or array.shape[2] != width:
+  if len(array.shape) != 3 or array.shape[0] != 1 or array.shape[2] != width:
     raise UserError(
       f'reference weights: {name!r} has shape {array.shape}; a {_called(model)} needs'
       f' (1, tokens, {width})'
@@ -129,14 +155,23 @@ def _check_positions(
   if tokens == 0:
     raise UserError(f'reference weights: {name!r} has no tokens')
   if is_image:
-    side = _side(name, array)
-    computed = image_positions(side, side, width)
-  else:
-    computed = text_positions(tokens, width)
-  error = np.max(np.abs(array[0] - computed))
+    _side(name, array)
+  error = _distance_from_sincos(array, is_image)
   if not error <= POSITION_TOLERANCE:
     way_out = '; train_positions=True takes them as they are' if isinstance(model, MAE) else ''
     raise UserError(
       f'reference weights: {name!r} differs from the sin-cos embedding by {error:.2g}; '
       f'at most {POSITION_TOLERANCE} is rounding{way_out}'
     )
+
+
+def is_sincos(array: Any) -> bool:
+  """Whether stored positions (1, 1 + side^2, D) of an image are what we compute, up to rounding."""
+  return array.shape[2] % 4 == 0 and _distance_from_sincos(array, True) <= POSITION_TOLERANCE
+
+
+def _distance_from_sincos(array: Any, is_image: bool) -> float:
+  _, tokens, width = array.shape
+  side = math.isqrt(tokens - 1)
+  computed = image_positions(side, side, width) if is_image else text_positions(tokens, width)
+  return np.max(np.abs(np.asarray(array)[0] - computed))

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dpcap.errors import UserError
@@ -119,11 +120,9 @@ class Checkpoints:
       if processes.is_loss(e):
         raise
       path = pathlib.Path(self.path(step))
-      if why := damage_of_arrays(path):
-        others = whole(self._directory, but=path)
-        raise UserError(f'{path}: not whole ({why}); whole ones beside it: {others}') from e
+      _refuse_damaged(path, e)
       raise UserError(
-        f'{self.path(step)}: cannot be restored as the model of this config ({_first_line(e)})'
+        f'{path}: cannot be restored as the model of this config ({_first_line(e)})'
       ) from e
 
   def _guarded(self, write):
@@ -142,6 +141,30 @@ def _beside_the_model(state: TrainState) -> dict:
   """What only going on with a run needs; of an averaged one, the parameters as they are."""
   items = {'step': state.step, 'opt_state': state.opt_state}
   return items if state.average is None else items | {'params': state.params}
+
+
+def read_model(checkpoint: pathlib.Path) -> dict:
+  """{'params', 'frozen'} of a checkpoint's directory, of whatever model, as numpy arrays.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  path, handler = checkpoint.absolute() / 'model', ocp.StandardCheckpointHandler()
+  try:
+    like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), handler.metadata(path).tree)
+    return ocp.Checkpointer(handler).restore(path, args=ocp.args.StandardRestore(like))
+  except Exception as e:  # pylint: disable=broad-except
+    if processes.is_loss(e):
+      raise
+    _refuse_damaged(checkpoint, e)
+    raise UserError(f'{checkpoint}: cannot be read ({_first_line(e)})') from e
+
+
+def _refuse_damaged(path: pathlib.Path, error: Exception) -> None:
+  """Says what a checkpoint lacks, if that is why it cannot be read."""
+  if why := damage_of_arrays(path):
+    others = whole(path.parent, but=path)
+    raise UserError(f'{path}: not whole ({why}); whole ones beside it: {others}') from error
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer
 from dpcap.training.step import init_state
 from dpcap.training.training_data import TrainingData
-from dpcap.training.workdir import newest_checkpoint
+from dpcap.training.workdir import find_checkpoint
 
 PyTree = Any
 
@@ -157,13 +157,14 @@ def restore(
 
   Args:
     evaluations: whose model it is.
-    named: the checkpoint's directory, or None for the newest of `workdir`.
+    named: a checkpoint's directory or a workdir, or None for the newest of `workdir`.
     workdir: of the run.
 
   Raises:
     UserError: if there is none, or it cannot be restored.
   """
-  find = lambda: pathlib.Path(processes.from_main(lambda: str(find_checkpoint(named, workdir))))
+  place = pathlib.Path(named) if named else workdir
+  find = lambda: pathlib.Path(processes.from_main(lambda: str(find_checkpoint(place))))
   checkpoint = find()
   while True:
     error = None
@@ -176,22 +177,3 @@ def restore(
     tried, checkpoint = checkpoint, find()
     if tried == checkpoint:
       raise error or UserError(f'{checkpoint}: another process cannot read it')
-
-
-def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
-  """The checkpoint to evaluate: the one named, or the newest of the workdir.
-
-  Raises:
-    UserError: if there is none.
-  """
-  if named:
-    path = pathlib.Path(named)
-    if not path.is_dir() or not path.name.isdigit():
-      raise UserError(
-        f'checkpoint is {named}; it must be a directory such as WORKDIR/checkpoints/1000'
-      )
-    return path
-  newest = newest_checkpoint(workdir)
-  if newest is None:
-    raise UserError(f'{workdir}/checkpoints: holds no checkpoint; train first')
-  return newest

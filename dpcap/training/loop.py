@@ -27,6 +27,7 @@ from dpcap.training.damage import set_aside
 from dpcap.training.epsilon_curve import EpsilonCurve
 from dpcap.training.evaluation import Evaluations
 from dpcap.training.fatal_records import FatalRecords
+from dpcap.training.initialization import start_from
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.ownership import check_workdir, lock, secrets_directory
@@ -114,7 +115,7 @@ class _Run:
     self._schedule = make_schedule(config.optimizer, config.train.steps)
     self._clip_function = build.make_clip_function(config)
     self._transform = build.make_transform(config, self._tokenizer)
-    self._init_state = functools.partial(
+    self._random_state = functools.partial(
       init_state,
       model,
       optimizer,
@@ -125,7 +126,8 @@ class _Run:
     )
     main = processes.is_main()
     with doing('initialising the model', main):
-      self.state = self._init_state()
+      # One that goes on has a state, which takes the place of this one.
+      self._begin(self._checkpoints.latest_step() is None)
     self._clipping = 'none'
     if plan.noisy:
       with doing('checking the clipping', main):
@@ -145,6 +147,15 @@ class _Run:
     )
     self._store: privacy.KeyStore | None = None  # on the main process
     self._curve = EpsilonCurve(plan)
+
+  def _begin(self, anew: bool = True) -> None:
+    """Makes `state` that before the first step: from `train.init`, if set and the run is `anew`."""
+    self.state, self._start = self._random_state(), None
+    if self._config.train.init and anew:
+      start = start_from(self._config.train.init, self._config.train.init_parts, self.state)
+      self.state, self._start = start.state, start.record
+      if processes.is_main():
+        print(start.said, file=sys.stderr)
 
   def _choose_clipping(self, model: nn.Module) -> str:
     """The strategy that this run's config asks for, once its answer is known to be right."""
@@ -198,8 +209,9 @@ class _Run:
     if self.done:
       self.state = None  # two do not fit everywhere
       self.state = self._checkpoints.restore(self.done, self._like)
+      self._start = self._statement_on_disk().get('init')
     elif fresh:
-      self.state = self._init_state()
+      self._begin()
     keys = privacy.Keys(*map(tuple, processes.from_main(lambda: self._open_store(fresh))))
     self._noise_key = self._layout.everywhere(keys.noise_key())
     self._noise_state = self._plan.make_mechanism().init(
@@ -216,6 +228,10 @@ class _Run:
     self._batches = self._make_batches(keys)
     self._elements = self._load()
     self._parts.callback(self._elements.close)
+
+  def _statement_on_disk(self) -> dict[str, Any]:
+    """That of the checkpoint that the run goes on from."""
+    return read_statement(pathlib.Path(self._checkpoints.path(self.done)))
 
   def _load(self) -> Iterator[list[data.Chunk]]:
     """The chunks of all slots to come; a record that ends its worker is left out from then on."""
@@ -237,7 +253,7 @@ class _Run:
     """Opens or renews keys and ledger, which only the main process does, and what follows."""
     mark = None
     if self.done:
-      mark = read_statement(pathlib.Path(self._checkpoints.path(self.done))).get('ledger')
+      mark = self._statement_on_disk().get('ledger')
     if fresh:
       self._store.renew(self.done, mark)
     else:
@@ -414,6 +430,7 @@ class _Run:
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state, on the main process."""
+    source = self._config.data.source.name
     fields, not_covered = self._transform.fields, []
     if 'tokens' in fields:
       tokenizer = f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip()
@@ -433,6 +450,8 @@ class _Run:
         *not_covered,
         'evaluations that read the training data (marked uses_training_data in evals/)',
       ],
+      data={'source': source, 'generated': source in data.GENERATED},
+      start=self._start,
     )
 
   def _report(self, diagnostics: dict[str, float]) -> None:

@@ -3,13 +3,19 @@
 from dpcap.models.captioner import Captioner
 from dpcap.models.reference_names.names import SAME, TOKEN, Names, patch_layout
 
-# In every official checkpoint, but no output of DP-Cap depends on them.
-UNUSED = ('text_pos_embed', 'encoder_text_type_embedding', 'mask_token', 'mask_token_text')
+# In every official checkpoint, but no output of DP-Cap depends on them: name -> (whether it has a row
+# for each token of a text, the model's attribute that is its width).
+UNUSED = {
+  'text_pos_embed': (True, 'width'),
+  'encoder_text_type_embedding': (False, 'width'),
+  'mask_token': (False, 'decoder_width'),
+  'mask_token_text': (False, 'decoder_width'),
+}
 
 
 def captioner_names(model: Captioner) -> Names:
   """The names of its arrays."""
-  names = Names(unused=UNUSED)
+  names = Names(unused={name: (rows, getattr(model, w)) for name, (rows, w) in UNUSED.items()})
   names.add_dense(
     'patch_embed.proj', 'encoder', 'patch_projection', kernel=patch_layout(model.patch_size)
   )

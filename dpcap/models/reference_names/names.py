@@ -36,13 +36,14 @@ class Names:
     trained: name -> (path in 'params', layout).
     frozen: name -> (path in 'frozen', layout).
     positions: name -> (of an image rather than a text, width): what we compute.
-    unused: what checkpoints hold and no output depends on.
+    unused: name -> (whether it has a row for each token of a text rather than one, width): what
+      checkpoints hold and no output depends on.
   """
 
   trained: dict[str, tuple[tuple[str, ...], Layout]] = dataclasses.field(default_factory=dict)
   frozen: dict[str, tuple[tuple[str, ...], Layout]] = dataclasses.field(default_factory=dict)
   positions: dict[str, tuple[bool, int]] = dataclasses.field(default_factory=dict)
-  unused: tuple[str, ...] = ()
+  unused: dict[str, tuple[bool, int]] = dataclasses.field(default_factory=dict)
 
   def add_dense(self, name: str, *path: str, kernel: Layout = DENSE, bias: bool = True) -> None:
     """A trained Dense layer."""
