@@ -18,18 +18,32 @@ from ml_collections import config_dict
 from dpcap import data, evals, models
 from dpcap.errors import UserError
 from dpcap.key import Key
-from dpcap.schema import EVALUATORS, SECTIONS, SOURCES
+from dpcap.schema import EVALUATORS, MODELS, SECTIONS, SOURCES
+from dpcap.training.optimizer import OPTIMIZERS, SCHEDULES
 
 
 def base_config() -> ml_collections.ConfigDict:
-  """A config with every section at its defaults; `data.source` and `evals` are empty."""
-  config = ml_collections.ConfigDict({name: {} for name in SECTIONS})
+  """A config with every section at its defaults; `data.source` and `evals` are empty.
+
+  Its model is the captioner.
+  """
+  config = ml_collections.ConfigDict({name: {} for name in ('model', *SECTIONS)})
+  config.model = model_config('captioner')
   for name, keys in SECTIONS.items():
     config[name] = _defaults(keys)
   config.data.source = ml_collections.ConfigDict()
   config.evals = ml_collections.ConfigDict()
   config.checkpoint = config_dict.placeholder(str)
   return config
+
+
+def model_config(name: str, **values) -> ml_collections.ConfigDict:
+  """A model at its defaults but for `values`.
+
+  Raises:
+    UserError: for an unknown model or key.
+  """
+  return _with_values('model', name, MODELS, values)
 
 
 def source_config(name: str, **values) -> ml_collections.ConfigDict:
@@ -149,15 +163,23 @@ def validate(config: ml_collections.ConfigDict) -> None:
     UserError: naming the key, its value and what is allowed.
   """
   tree = config.to_dict()
-  _check_names(tree, [*SECTIONS, 'evals', 'checkpoint'], '')
+  _check_names(tree, ['model', *SECTIONS, 'evals', 'checkpoint'], '')
+  _check_named(tree['model'], MODELS, 'model', 'name')
   for section, keys in SECTIONS.items():
     extra = ['source'] if section == 'data' else []
     _check_section(tree.get(section), keys, section, extra)
   _check_named(tree['data']['source'], SOURCES, 'data.source', 'name')
   for name, entry in tree['evals'].items():
     _check_named(entry, EVALUATORS, f'evals.{name}', 'name')
+    need = evals.NEEDS.get(entry['name'])
+    if need and not hasattr(models.MODELS[tree['model']['name']], need):
+      able = [name for name, model in models.MODELS.items() if hasattr(model, need)]
+      raise UserError(
+        f'evals.{name}.name is {entry["name"]!r}, which asks the model for its {need}; it goes with'
+        f' model.name {", ".join(able)}, this one is {tree["model"]["name"]!r}'
+      )
     if entry['name'] == 'captions':
-      _check_caption_method(name, entry)
+      _check_options(entry, f'evals.{name}', 'method', evals.CAPTION_METHODS)
   p = tree['privacy']
   if (p['epsilon'] is None) == (p['noise_multiplier'] is None):
     raise UserError(
@@ -171,6 +193,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f"privacy.gamma is {p['gamma']}; it goes with privacy.clip_function='automatic' only"
     )
   o = tree['optimizer']
+  _check_options(o, 'optimizer', 'name', OPTIMIZERS)
+  _check_options(o, 'optimizer', 'schedule', SCHEDULES)
   if o['warmup_steps'] >= (o['decay_steps'] or tree['train']['steps']):
     raise UserError(
       f'optimizer.warmup_steps is {o["warmup_steps"]}; it must be below decay_steps'
@@ -182,22 +206,29 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise UserError(
         f'train.evaluate_at holds {step}; steps must not exceed train.steps, {t["steps"]}'
       )
+  if t['init'] is None and tuple(t['init_parts']) != ('all',):
+    raise UserError(f'train.init_parts is {t["init_parts"]}; it goes with train.init, which is None')
   if t['evaluate_at'] and not tree['evals']:
     raise UserError('train.evaluate_at is set, but the config has no evals')
-  size, patch = tree['data']['image_size'], tree['model']['patch_size']
-  patch = patch or models.SIZES[tree['model']['size']].patch_size
-  if size % patch:
-    raise UserError(f'data.image_size is {size}; it must be a multiple of the patch size, {patch}')
+  try:
+    models.make_model(
+      image_size=tree['data']['image_size'],
+      vocab_size=1,
+      remat=tree['mesh']['remat'],
+      **tree['model'],
+    )
+  except UserError as e:
+    raise UserError(f'the config of {tree["model"]["name"]}: {e}') from e
 
 
-def _check_caption_method(name, entry):
-  """Every option belongs to the method."""
-  for method, options in evals.CAPTION_METHODS.items():
+def _check_options(section, path, choice, variants):
+  """Every option that is set belongs to the variant that the section's key `choice` names."""
+  for variant, options in variants.items():
     for key in options:
-      if entry[key] is not None and method != entry['method']:
+      if section[key] is not None and variant != section[choice]:
         raise UserError(
-          f'evals.{name}.{key} is {entry[key]!r}; it goes with method {method!r} only, this one is'
-          f' {entry["method"]!r}'
+          f'{path}.{key} is {section[key]!r}; it goes with {choice} {variant!r} only, this one is'
+          f' {section[choice]!r}'
         )
 
 
@@ -270,10 +301,13 @@ def fixed_part(config_json: str) -> dict:
     for name, key in keys.items()
     if key.fixed
   }
-  source = tree['data']['source']
-  fixed |= {
-    f'data.source.{name}': value
-    for name, value in source.items()
-    if name == 'name' or SOURCES[source['name']][name].fixed
-  }
+  for path, table, part in (
+    ('model', MODELS, tree['model']),
+    ('data.source', SOURCES, tree['data']['source']),
+  ):
+    fixed |= {
+      f'{path}.{name}': value
+      for name, value in part.items()
+      if name == 'name' or table[part['name']][name].fixed
+    }
   return fixed

@@ -2,22 +2,18 @@
 
 from dpcap import data, evals, models, privacy
 from dpcap.key import FRACTION, GIVEN, NOT_NEGATIVE, POSITIVE, Key
+from dpcap.training.optimizer import OPTIMIZERS, SCHEDULES
 
 _AREA_RANGE = (
   lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
   'two fractions of the area, 0 < smallest <= largest <= 1',
 )
+_JITTER = (
+  lambda x: len(x) == 5 and min(x) >= 0 and x[3] <= 0.5 and x[4] <= 1,
+  'five numbers from 0: three ranges of factors, turns of the hue to 0.5, a probability',
+)
 
 SECTIONS = {
-  'model': {
-    'name': Key(str, 'captioner', 'what is trained', tuple(models.MODELS)),
-    'size': Key(str, 'base', 'its size', tuple(models.SIZES)),
-    'patch_size': Key(int, None, "pixels; None: the size's own", check=POSITIVE, optional=True),
-    'dtype': Key(str, 'float32', 'compute type; parameters are float32', tuple(models.DTYPES)),
-    'scan_blocks': Key(
-      bool, False, 'compile one block of each kind, which runs as a scan; parameters are stacked'
-    ),
-  },
   'data': {
     'image_size': Key(int, 224, 'side of the images, pixels', check=POSITIVE),
     'text_length': Key(
@@ -32,7 +28,27 @@ SECTIONS = {
       check=_AREA_RANGE,
       optional=True,
     ),
+    'pad_crop': Key(
+      int,
+      None,
+      'pixels by which the image is reflected at each side before its size is cut out at random',
+      check=POSITIVE,
+      optional=True,
+    ),
     'flip': Key(bool, True, 'mirror at random'),
+    'color_jitter': Key(
+      tuple,
+      None,
+      'brightness, contrast, saturation, hue, and the probability of changing any',
+      check=_JITTER,
+      optional=True,
+    ),
+    'views': Key(
+      int,
+      1,
+      'how many times a drawn record is augmented; its gradient is the mean over them, clipped once',
+      check=POSITIVE,
+    ),
     'dataset_size': Key(
       int,
       None,
@@ -113,18 +129,24 @@ SECTIONS = {
     ),
   },
   'optimizer': {
-    'name': Key(str, 'adamw', 'the optimizer', ('adamw',)),
+    'name': Key(str, 'adamw', 'the optimizer', tuple(OPTIMIZERS)),
     'learning_rate': Key(float, 5e-4, 'at its peak', check=POSITIVE),
+    'schedule': Key(str, 'cosine', 'of the learning rate, after the warm-up', tuple(SCHEDULES)),
     'warmup_steps': Key(int, 0, 'linear, from 0', check=NOT_NEGATIVE),
     'decay_steps': Key(
       int,
       None,
-      'end of the cosine, warm-up counted in; None: train.steps',
+      'end of schedule cosine, warm-up counted in; None: train.steps',
       check=POSITIVE,
       optional=True,
     ),
-    'b1': Key(float, 0.9, 'decay of the first moment', check=FRACTION),
-    'b2': Key(float, 0.95, 'decay of the second moment', check=FRACTION),
+    'b1': Key(
+      float, None, 'of adamw: decay of the first moment; None: 0.9', check=FRACTION, optional=True
+    ),
+    'b2': Key(
+      float, None, 'of adamw: decay of the second moment; None: 0.95', check=FRACTION, optional=True
+    ),
+    'momentum': Key(float, None, 'of sgd; None: 0', check=FRACTION, optional=True),
     'weight_decay': Key(
       float, 0.005, 'of matrices; biases and scales have none', check=NOT_NEGATIVE
     ),
@@ -148,6 +170,31 @@ SECTIONS = {
   'train': {
     'steps': Key(int, 1000, 'logical batches', check=POSITIVE),
     'model_seed': Key(int, 0, 'of the initial parameters; public', check=NOT_NEGATIVE),
+    'ema_decay': Key(
+      float,
+      None,
+      'of an average of the parameters over the steps, which is then what checkpoints hold as the'
+      ' model and what is evaluated; None: none',
+      check=FRACTION,
+      optional=True,
+    ),
+    'init': Key(
+      str,
+      None,
+      'weights to start from: a checkpoint, a workdir (its newest checkpoint) or an official file'
+      ' (.safetensors, .npz, .pth); None: from model_seed',
+      check=GIVEN,
+      optional=True,
+    ),
+    'init_parts': Key(
+      tuple,
+      ('all',),
+      "what is taken from init: all, or top-level modules of the model, such as ('encoder',)",
+      check=(
+        lambda x: bool(x) and all(isinstance(name, str) for name in x),
+        "('all',) or names of modules",
+      ),
+    ),
     'log_every': Key(int, 10, 'steps', check=POSITIVE, fixed=False),
     'checkpoint_every': Key(int, 100, 'steps', check=POSITIVE, fixed=False),
     'evaluate_at': Key(
@@ -167,12 +214,20 @@ SECTIONS = {
   },
 }
 
+# The keys of a model beside its name.
+MODELS = {name: model.KEYS for name, model in models.MODELS.items()}
+
 # The keys of a source beside its name.
 SOURCES = {
   'scenes': {
     'split': Key(str, 'train', 'which scenes', ('train', 'validation', 'test')),
     'size': Key(int, 100_000, 'how many scenes', check=POSITIVE),
     'label': Key(str, 'color', 'what the label tells', tuple(data.SCENE_LABELS)),
+  },
+  'textures': {
+    'split': Key(str, 'train', 'which textures', ('train', 'validation', 'test')),
+    'size': Key(int, 1_000_000, 'how many textures', check=POSITIVE),
+    'programs': Key(int, 21_000, 'how many programs they are of', check=POSITIVE),
   },
   'tar_shards': {
     'path': Key(

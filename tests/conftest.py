@@ -51,6 +51,7 @@ _LONG = {
   'test_computed_once',
   'test_evaluation',
   'test_hard_inputs',
+  'test_initialization',
   'test_loading',
   'test_norms',
   'test_oracle',

@@ -32,6 +32,7 @@ def get_config():
   config.mesh.physical_batch = 8
   config.mesh.batches_per_chunk = 2
   config.train.steps = STEPS
+  config.train.ema_decay = 0.5  # what is resumed and evaluated is more with an average
   config.train.checkpoint_every = 2
   config.train.log_every = 1
   return config

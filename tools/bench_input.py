@@ -71,7 +71,7 @@ def make_batches(source: data.Source, steps: int) -> data.LogicalBatches:
   tokenizer = data.make_tokenizer('wordpiece', data.SCENES_VOCABULARY)
   return data.LogicalBatches(
     source=source,
-    transform=data.Transform(_SIZE, _TEXT_LENGTH, tokenizer, (0.2, 1.0), True),
+    transform=data.Transform(_SIZE, _TEXT_LENGTH, tokenizer, (0.2, 1.0), flip=True),
     draw=_Everything(len(source)),
     augmentation_rng=functools.partial(augmentation_generator, _KEY),
     steps=steps,

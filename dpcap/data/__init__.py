@@ -2,8 +2,16 @@
 
 from dpcap.data.byte_ranges import StoreError
 from dpcap.data.catalogue import DATASETS, Dataset, find_dataset, readable
-from dpcap.data.contents import Contents, Relation, compare, compare_kinds, known_apart
+from dpcap.data.contents import (
+  GENERATED,
+  Contents,
+  Relation,
+  compare,
+  compare_kinds,
+  known_apart,
+)
 from dpcap.data.epochs import AugmentedBatches
+from dpcap.data.examples import Example, Transform, unit
 from dpcap.data.first_look import look_at
 from dpcap.data.image import normalize
 from dpcap.data.image_folder import ImageFolder, ImageList
@@ -12,9 +20,7 @@ from dpcap.data.pipeline import (
   Chunk,
   EvaluationBatches,
   EveryNth,
-  Examples,
   LogicalBatches,
-  Transform,
 )
 from dpcap.data.scenes import LABELS as SCENE_LABELS
 from dpcap.data.scenes import VOCABULARY_FILE as SCENES_VOCABULARY
@@ -22,6 +28,8 @@ from dpcap.data.scenes import Scenes
 from dpcap.data.source import Source
 from dpcap.data.tar_shards import TarShards
 from dpcap.data.text import TOKENIZERS, Tokenizer, make_tokenizer
+from dpcap.data.textures import VOCABULARY_FILE as TEXTURES_VOCABULARY
+from dpcap.data.textures import Textures
 from dpcap.data.tfds_source import TfdsSource
 from dpcap.errors import UserError
 
@@ -33,7 +41,8 @@ __all__ = [
   'Dataset',
   'EvaluationBatches',
   'EveryNth',
-  'Examples',
+  'Example',
+  'GENERATED',
   'ImageFolder',
   'ImageList',
   'LogicalBatches',
@@ -43,8 +52,10 @@ __all__ = [
   'Scenes',
   'Source',
   'StoreError',
+  'TEXTURES_VOCABULARY',
   'TOKENIZERS',
   'TarShards',
+  'Textures',
   'TfdsSource',
   'Tokenizer',
   'Transform',
@@ -59,6 +70,7 @@ __all__ = [
   'make_tokenizer',
   'normalize',
   'readable',
+  'unit',
 ]
 
 
@@ -66,7 +78,7 @@ def make_source(name: str, image_size: int, **options) -> Source:
   """The source of that name.
 
   Args:
-    name: 'scenes', 'tar_shards', 'tfds' or 'image_folder'.
+    name: 'scenes', 'textures', 'tar_shards', 'tfds' or 'image_folder'.
     image_size: side in pixels, for sources that draw their images.
     **options: the source's own arguments.
 
@@ -75,6 +87,8 @@ def make_source(name: str, image_size: int, **options) -> Source:
   """
   if name == 'scenes':
     return Scenes(image_size=image_size, **options)
+  if name == 'textures':
+    return Textures(image_size=image_size, **options)
   if name == 'tfds':
     return TfdsSource(**options)
   if name == 'image_folder':

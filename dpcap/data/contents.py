@@ -5,8 +5,8 @@ sources are apart where that is known:
 
 | sources | apart |
 | --- | --- |
-| scenes and anything in files | always: scenes are drawn, not read |
-| scenes and scenes | other split (both begin at scene 0 of theirs) |
+| scenes or textures, and anything else | always: they are drawn, not read |
+| scenes and scenes, textures and textures | other split (both begin at record 0 of theirs) |
 | tar shards and tar shards | no shard and no image file in common |
 | image files and image files | no file in common |
 | one build of a TFDS data set | no record of a file in common |
@@ -31,6 +31,8 @@ import numpy as np
 
 # Enough for pictures with the same header to differ, and no more than one read of a disk.
 HEAD = 4096
+# Kinds of sources whose records are drawn.
+GENERATED = ('scenes', 'textures')
 # Storage sets the pace. More tables at a time would fill the memory.
 _THREADS = 16
 
@@ -49,17 +51,17 @@ class Relation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """Scenes: records 0 to `size` of a split, functions of their index."""
+  """Records 0 to `size` of a split, functions of their index; `kind` is one of GENERATED."""
 
-  kind: ClassVar[str] = 'scenes'
+  kind: str
   split: str
   size: int
 
   def compare(self, other: 'Drawn') -> Relation:
-    """Splits share no random numbers; two ranges of one both begin at 0."""
+    """Of one kind: splits share no random numbers; two ranges of one both begin at 0."""
     if self.split != other.split:
-      return Relation(True, f'scenes of split {self.split}, and of {other.split}')
-    return Relation(False, f'both have scenes of split {self.split}')
+      return Relation(True, f'{self.kind} of split {self.split}, and of {other.split}')
+    return Relation(False, f'both have {self.kind} of split {self.split}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,8 @@ class PreparedRecords:
 
 Contents = Drawn | ImageFiles | PreparedRecords
 
+# Kinds whose records are functions of their index: they come from no data, and none is anybody's.
+
 
 def compare(a: Contents, b: Contents) -> Relation:
   """Whether two sources share a record, as far as that is known; see above."""
@@ -150,8 +154,9 @@ def compare_kinds(a: str, b: str) -> Relation | None:
   """What the kinds of two sources (their names in a config) say; None: it takes a closer look."""
   if a == b:
     return None
-  if Drawn.kind in (a, b):
-    return Relation(True, 'scenes are drawn, not read from files')
+  for kind in GENERATED:
+    if kind in (a, b):
+      return Relation(True, f'{kind} are drawn by rules of their own, not read from files')
   return Relation(None, f'{a} and {b} are different kinds of files')
 
 

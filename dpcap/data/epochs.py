@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from dpcap.data.pipeline import LabelledImages, Transform
+from dpcap.data.examples import Transform
+from dpcap.data.pipeline import LabelledImages
 from dpcap.data.source import BadRecord, Source
 
 

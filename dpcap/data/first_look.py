@@ -6,8 +6,10 @@ add noise to nothing, step for step.
 """
 
 import collections
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from dpcap.data.examples import check_known
 from dpcap.data.image import open_image
 from dpcap.data.source import BadRecord, Source, choose_caption, read_each
 
@@ -15,13 +17,20 @@ from dpcap.data.source import BadRecord, Source, choose_caption, read_each
 RECORDS = 64
 _REASONS_TOLD = 3
 
+# What must hold for a record to have a field.
+_CHECKS = {
+  'tokens': lambda record: choose_caption(record['caption']),
+  'label': lambda record: check_known(record['label']),
+  'image': lambda record: open_image(record['image']),
+}
+
 
 class FirstLook(NamedTuple):
   """What the records were like.
 
   Attributes:
     looked_at: how many there were.
-    usable: how many of them have a caption and what begins as an image.
+    usable: how many of them have the fields that were asked for, an image if it begins as one.
     reasons: the commonest why others are not, 'WHY (HOW MANY)'.
   """
 
@@ -30,11 +39,15 @@ class FirstLook(NamedTuple):
   reasons: tuple[str, ...]
 
 
-def look_at(source: Source) -> FirstLook:
+def look_at(source: Source, fields: Sequence[str]) -> FirstLook:
   """Looks at up to RECORDS records at equal distances, always the same ones.
 
-  Captions and the headers of images are looked at, pixels are not: what may take long or end the
+  Captions, labels and the headers of images are looked at, pixels are not: what may take long or end the
   process is left to the workers.
+
+  Args:
+    source: of the run.
+    fields: of an example, see `dpcap.data.examples`.
 
   Raises:
     StoreError: the storage failed.
@@ -45,8 +58,9 @@ def look_at(source: Source) -> FirstLook:
     try:
       if isinstance(record, BadRecord):
         raise record
-      choose_caption(record['caption'])
-      open_image(record['image'])
+      for field in fields:
+        if field in _CHECKS:
+          _CHECKS[field](record)
     except BadRecord as bad:
       why[str(bad)] += 1
   reasons = tuple(f'{reason} ({n})' for reason, n in why.most_common(_REASONS_TOLD))

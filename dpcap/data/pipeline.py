@@ -15,31 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpcap.data import guarded
-from dpcap.data import image as image_ops
-from dpcap.data.source import BadRecord, Record, Source, choose_caption, read_each
-from dpcap.data.text import Tokenizer
+from dpcap.data.examples import Example, Transform
+from dpcap.data.source import BadRecord, Source, read_each
 
 # Bad records whose reason a chunk carries along; the count is always whole.
 _REASONS_KEPT = 3
-
-
-class Examples(NamedTuple):
-  """What the model is trained on, with any leading axes.
-
-  Attributes:
-    image: uint8 (..., H, W, 3); normalised on the device.
-    tokens: int32 (..., text_length).
-  """
-
-  image: np.ndarray
-  tokens: np.ndarray
 
 
 class Chunk(NamedTuple):
   """Some physical batches of one logical batch, for the rows of a mesh that a process has.
 
   Attributes:
-    examples: leading axes (rows, batches, physical_batch).
+    examples: field -> array with leading axes (rows, batches, physical_batch).
     mask: bool (rows, batches, physical_batch); False is padding or a bad record.
     live: int32 (rows,), how many of a row's physical batches hold any example; the rest is
       all padding.
@@ -48,63 +35,12 @@ class Chunk(NamedTuple):
     reasons: 'record INDEX: why' of the first few bad ones.
   """
 
-  examples: Examples
+  examples: Example
   mask: np.ndarray
   live: np.ndarray
   drawn: int
   bad: int
   reasons: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-  """How a record becomes an example.
-
-  Attributes:
-    image_size: side of the square image in pixels.
-    text_length: tokens, with [CLS], [SEP] and padding.
-    tokenizer: see `Tokenizer`.
-    crop_scale: range of the area of a RandomResizedCrop, or None for the deterministic
-      view that evaluation takes (an image that has the right size already stays as it is).
-    flip: whether to mirror at random.
-  """
-
-  image_size: int
-  text_length: int
-  tokenizer: Tokenizer
-  crop_scale: tuple[float, float] | None = None
-  flip: bool = False
-
-  def __call__(self, record: Record, rng: np.random.Generator | None) -> Examples:
-    """One example, without leading axes.
-
-    Args:
-      record: of a source.
-      rng: draws the crop, the flip and, of several captions, one; None: no augmentation, and the
-        first caption.
-
-    Raises:
-      BadRecord: if the image cannot be decoded, or there is no usable caption.
-    """
-    caption = choose_caption(record['caption'], rng)
-    tokens = self.tokenizer.encode(caption, self.text_length)
-    return Examples(self.view(record['image'], rng), tokens)
-
-  def view(self, image: bytes | np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-    """The image as uint8 (image_size, image_size, 3).
-
-    Raises:
-      BadRecord: if the image cannot be decoded.
-    """
-    size = self.image_size
-    if self.crop_scale is not None:
-      opened = image_ops.open_image(image)
-      array = image_ops.random_resized_crop(opened, size, rng, self.crop_scale)
-    elif isinstance(image, np.ndarray) and image.shape == (size, size, 3):
-      array = image
-    else:
-      array = image_ops.resize_center_crop(image_ops.open_image(image), size)
-    return image_ops.random_flip(array, rng) if self.flip else array
 
 
 @functools.lru_cache(maxsize=2)
@@ -165,7 +101,10 @@ class LogicalBatches:
   @property
   def element_bytes(self) -> int:
     """Memory of an element: one chunk, but for the last of a step that had an unlucky draw."""
-    one = 3 * self.transform.image_size**2 + 4 * self.transform.text_length
+    one = sum(
+      math.prod(field.shape) * np.dtype(field.dtype).itemsize
+      for field in self.transform.shapes.values()
+    )
     return len(self.local_rows) * self.chunk_size * one
 
   def __len__(self) -> int:
@@ -185,10 +124,10 @@ class LogicalBatches:
     ]
 
   def _chunk(self, step: int, parts: list[np.ndarray]) -> Chunk:
-    size, length = self.transform.image_size, self.transform.text_length
-    images = np.zeros((len(parts), self.chunk_size, size, size, 3), np.uint8)
-    tokens = np.zeros((len(parts), self.chunk_size, length), np.int32)
-    mask = np.zeros((len(parts), self.chunk_size), bool)
+    lead = (len(parts), self.chunk_size)
+    shapes = self.transform.shapes
+    examples = {name: np.zeros(lead + field.shape, field.dtype) for name, field in shapes.items()}
+    mask = np.zeros(lead, bool)
     reasons = []
     places = [(row, i) for row, part in enumerate(parts) for i in range(len(part))]
     drawn = np.concatenate(parts).tolist()
@@ -197,13 +136,15 @@ class LogicalBatches:
       try:
         if isinstance(record, BadRecord):
           raise record
-        images[place], tokens[place] = self.transform(record, self.augmentation_rng(step, index))
+        example = self.transform(record, self.augmentation_rng(step, index))
+        for name, array in examples.items():
+          array[place] = example[name]
         mask[place] = True
       except BadRecord as bad:
         reasons.append(f'record {index}: {bad}')
     shape = (len(parts), self.batches_per_chunk, self.physical_batch)
     return Chunk(
-      examples=Examples(images.reshape(*shape, size, size, 3), tokens.reshape(*shape, length)),
+      examples={name: x.reshape(shape + shapes[name].shape) for name, x in examples.items()},
       mask=mask.reshape(shape),
       live=np.array([math.ceil(len(part) / self.physical_batch) for part in parts], np.int32),
       drawn=sum(map(len, parts)),

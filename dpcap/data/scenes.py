@@ -1,6 +1,5 @@
 """`scenes`: captioned scenes of coloured shapes, drawn from the index alone.
 
-A record is a function of (split, index): any number of them, nothing on disk, no network.
 A scene has one to four objects on a 2 x 2 grid, exactly one of them large. Its caption
 goes from object to object by spatial relations, for example
 
@@ -12,13 +11,12 @@ positions vary and are not told.
 
 import dataclasses
 import pathlib
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from dpcap.data.contents import Drawn
+from dpcap.data.drawn import DrawnSource
 from dpcap.data.source import Record
-from dpcap.errors import UserError
 
 COLORS = {
   'red': (220, 40, 40),
@@ -36,9 +34,6 @@ MAX_OBJECTS = 4
 
 # Every word of the grammar: a WordPiece vocabulary that owes nothing to any data.
 VOCABULARY_FILE = str(pathlib.Path(__file__).with_name('scenes_vocabulary.txt'))
-
-_SPLITS = ('train', 'validation', 'test')
-_STREAM = 0x5CE9E5  # the key of every scene; another number is another data set
 
 
 class Thing(NamedTuple):
@@ -77,54 +72,35 @@ LABELS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenes:
-  """A source of `size` scenes (see `Source`).
+class Scenes(DrawnSource):
+  """A source of `size` scenes (see `DrawnSource`).
 
   Attributes:
-    split: 'train', 'validation' or 'test'; splits share no scene's random numbers.
-    size: number of records.
-    image_size: side of the images in pixels.
     label: which question the labels answer, a key of LABELS.
 
   Raises:
-    UserError: an unknown split or label, a size or image_size below 1.
+    UserError: as `DrawnSource`, and an unknown label.
   """
 
-  split: str
-  size: int
-  image_size: int
+  KIND: ClassVar[str] = 'scenes'
+  KEY: ClassVar[int] = 0x5CE9E5
+
   label: str = 'color'
 
   def __post_init__(self):
-    for name, allowed in (('split', _SPLITS), ('label', tuple(LABELS))):
-      if getattr(self, name) not in allowed:
-        raise UserError(f'scenes: {name} is {getattr(self, name)!r}; allowed: {", ".join(allowed)}')
-    for name in ('size', 'image_size'):
-      if getattr(self, name) < 1:
-        raise UserError(f'scenes: {name} is {getattr(self, name)}; it must be at least 1')
+    super().__post_init__()
+    self._check_choice('label', tuple(LABELS))
 
   @property
   def class_names(self) -> tuple[str, ...]:
     """Names of the label's classes."""
     return LABELS[self.label][0]
 
-  @property
-  def fingerprint(self) -> str:
-    """The record of every index follows from these."""
-    return repr(self)
+  def scene(self, index: int) -> Scene:
+    """What is in record `index`."""
+    return _draw_scene(self._rng(index))
 
-  @property
-  def contents(self) -> Drawn:
-    """Which scenes; image size and label don't change what is in them."""
-    return Drawn(self.split, self.size)
-
-  def __len__(self) -> int:
-    return self.size
-
-  def __getitem__(self, index: int) -> Record:
-    """Image uint8 (image_size, image_size, 3), caption and label of one scene."""
-    if not 0 <= index < self.size:
-      raise IndexError(f'scenes: index {index} is outside [0, {self.size})')
+  def _draw(self, index: int) -> Record:
     rng = self._rng(index)
     scene = _draw_scene(rng)
     return Record(
@@ -132,14 +108,6 @@ class Scenes:
       caption=caption(scene),
       label=self.class_names.index(LABELS[self.label][1](scene)),
     )
-
-  def scene(self, index: int) -> Scene:
-    """What is in record `index`."""
-    return _draw_scene(self._rng(index))
-
-  def _rng(self, index):
-    counter = np.array([0, 0, index, _SPLITS.index(self.split)], np.uint64)
-    return np.random.Generator(np.random.Philox(key=_STREAM, counter=counter))
 
 
 def caption(scene: Scene) -> str:

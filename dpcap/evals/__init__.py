@@ -38,11 +38,22 @@ EVALUATORS = {
   'aro_visual_genome': aro.evaluate_visual_genome,
 }
 
+# What an evaluator calls of the model beside its features.
+NEEDS = {
+  'fine_tune': 'FEATURE_PARTS',
+  'captions': 'start',
+  'zero_shot': 'text_loss',
+  'aro_scenes': 'text_loss',
+  'aro_order': 'text_loss',
+  'aro_visual_genome': 'text_loss',
+}
+
 __all__ = [
   'ARO_SCENES_TESTS',
   'CAPTION_METHODS',
   'EVALUATORS',
   'FEATURES',
+  'NEEDS',
   'PROBE_OPTIMIZERS',
   'Result',
   'Subject',

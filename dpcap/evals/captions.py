@@ -138,8 +138,8 @@ class _Batches:
       except BadRecord:
         continue
     size, length = self.transform.image_size, self.transform.text_length
-    images = [example.image for example in examples]
-    tokens = [example.tokens for example in examples]
+    images = [example['image'] for example in examples]
+    tokens = [example['tokens'] for example in examples]
     return CaptionedImages(
       np.array(images, np.uint8).reshape(-1, size, size, 3),
       np.array(tokens, np.int32).reshape(-1, length),

@@ -71,8 +71,8 @@ def evaluate(
   views = data.AugmentedBatches(source, transform, numbers, size, min(batch_size, size), epochs)
 
   variables = subject.variables
-  tuned = {name: variables['params'][name] for name in ('encoder', 'memory_projection')}
-  tuned['head'] = _make_head(variables, len(classes))
+  tuned = {name: variables['params'][name] for name in subject.model.FEATURE_PARTS}
+  tuned['head'] = _make_head(subject, len(classes))
   warmup = views.per_epoch * min(warmup_epochs, epochs)
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, base_learning_rate * size / 256, warmup, max(views.per_epoch * epochs, warmup + 1)
@@ -133,8 +133,11 @@ def evaluate(
   return top1(predicted[labels >= 0], labels[labels >= 0], classes, n_train=len(source))
 
 
-def _make_head(variables: PyTree, classes: int) -> PyTree:
-  dimension = variables['params']['memory_projection']['bias'].shape[0]
+def _make_head(subject: Subject, classes: int) -> PyTree:
+  size = subject.transform.image_size
+  features = lambda image: subject.model.apply(subject.variables, image, method='features')
+  image = jax.ShapeDtypeStruct((size, size, 3), jnp.float32)
+  dimension = jax.eval_shape(features, image).shape[-1]
   kernel = jax.random.truncated_normal(jax.random.key(0), -2.0, 2.0, (dimension, classes))
   return {'kernel': _HEAD_DEVIATION * kernel, 'bias': jnp.zeros(classes)}
 
@@ -162,6 +165,7 @@ def layer_scales(params: PyTree, layer_decay: float) -> PyTree:
     names = jax.tree_util.keystr(path, simple=True, separator='/')
     if block := re.match(r'encoder/block_(\d+)/', names):
       return layer_decay ** (len(blocks) - int(block[1]))
-    return layer_decay ** (len(blocks) + 1) if names.startswith('encoder/patch') else 1.0
+    before_blocks = names.startswith('encoder/') and not names.startswith('encoder/norm')
+    return layer_decay ** (len(blocks) + 1) if before_blocks else 1.0
 
   return jax.tree_util.tree_map_with_path(scale, params)

@@ -1,67 +1,70 @@
 """What is trained: models as flax modules, made from plain arguments.
 
 A model is a `flax.linen.Module` whose call is the loss of one example (or of any leading
-axes), with trained parameters in the collection 'params' and constants in 'frozen'.
+axes), with trained parameters in the collection 'params' and constants in 'frozen'. Its class says
+
+- INPUTS: the fields of an example that the call takes, in order: of 'image' (normalised floats
+  (..., H, W, 3)), 'tokens' (..., L), 'label' (...,) and 'key' (..., 2), random bits of the
+  example's own in this step, for `jax.random.wrap_key_data`;
+- KEYS: its own entries of the config's section `model`;
+- make(image_size, vocab_size, remat, **keys): the module, or a UserError that names the key;
+- about(): what it is, in words that begin with its kind;
+- features(images): what evaluations take of it, float32 (..., D).
+
+What else an evaluation needs it looks for by name, as `logits` or `text_loss`.
 """
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from dpcap.errors import UserError
-from dpcap.models.blocks import unstack_blocks
+from dpcap.models.blocks import stack_blocks, unstack_blocks
 from dpcap.models.captioner import PADDING, Captioner
+from dpcap.models.keys import one_of
+from dpcap.models.mae import MAE
+from dpcap.models.mlp import MLP
+from dpcap.models.nf_resnet import NFResNet
 from dpcap.models.sizes import SIZES, Size
+from dpcap.models.wide_resnet import WideResNet
 
-__all__ = ['Captioner', 'MODELS', 'PADDING', 'SIZES', 'Size', 'make_model', 'unstack_blocks']
+__all__ = [
+  'Captioner',
+  'MAE',
+  'MODELS',
+  'PADDING',
+  'SIZES',
+  'Size',
+  'make_model',
+  'stack_blocks',
+  'unstack_blocks',
+]
 
-MODELS = {'captioner': Captioner}
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+# name in the config -> class
+MODELS = {
+  'captioner': Captioner,
+  'mae': MAE,
+  'wide_resnet': WideResNet,
+  'nf_resnet': NFResNet,
+  'mlp': MLP,
+}
 
 
 def make_model(
-  name: str,
-  *,
-  size: str,
-  image_size: int,
-  vocab_size: int,
-  dtype: str = 'float32',
-  patch_size: int | None = None,
-  scan_blocks: bool = False,
-  remat: bool = False,
+  name: str, *, image_size: int, vocab_size: int, remat: bool = False, **keys
 ) -> nn.Module:
   """A model by name; nothing is initialised.
 
   Args:
     name: key of `MODELS`.
-    size: key of `SIZES`.
-    image_size: side of the square input images, pixels; a multiple of the patch.
+    image_size: side of the square input images, pixels.
     vocab_size: number of token ids of the tokenizer.
-    dtype: compute type, 'float32' or 'bfloat16'; parameters are float32 either way.
-    patch_size: pixels; None takes the size's own.
-    scan_blocks, remat: see `Captioner`.
+    remat: compute the inside of every block again in the backward pass.
+    **keys: of the model's KEYS; those left out take their defaults.
 
   Raises:
     UserError: naming the argument, its value and what is allowed.
   """
-  named = (('model', name, MODELS), ('size', size, SIZES), ('dtype', dtype, DTYPES))
-  for key, value, allowed in named:
-    if value not in allowed:
-      raise UserError(f'{key}={value!r} is unknown; choose one of {", ".join(allowed)}')
+  model = MODELS[one_of('model', name, MODELS)]
   if vocab_size < 1:
     raise UserError(f'vocab_size={vocab_size} must be at least 1')
-  shape = SIZES[size]
-  if patch_size is not None:
-    if patch_size < 1:
-      raise UserError(f'patch_size={patch_size} must be at least 1 pixel')
-    shape = shape._replace(patch_size=patch_size)
-  if image_size < 1 or image_size % shape.patch_size:
-    raise UserError(
-      f'image_size={image_size} must be a positive multiple of the patch size, {shape.patch_size}'
-    )
-  return MODELS[name](
-    vocab_size=vocab_size,
-    dtype=DTYPES[dtype],
-    scan_blocks=scan_blocks,
-    remat=remat,
-    **shape._asdict(),
-  )
+  keys = {key: entry.default for key, entry in model.KEYS.items()} | keys
+  return model.make(image_size=image_size, vocab_size=vocab_size, remat=remat, **keys)

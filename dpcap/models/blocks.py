@@ -1,6 +1,10 @@
 """Blocks of one kind, one after the other: unrolled or as a scan, with or without remat."""
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 # Where the parameters of scanned blocks are, stacked along a leading axis of blocks; unrolled
@@ -15,6 +19,7 @@ def run_blocks(
   *shared: jax.Array,
   scan: bool = False,
   remat: bool = False,
+  observe: Callable[[jax.Array], jax.Array] | None = None,
   **settings,
 ) -> jax.Array:
   """x = block(x, *shared), `depth` times with parameters of its own; call it in a compact method.
@@ -28,23 +33,35 @@ def run_blocks(
       time of one block; XLA cannot overlap or fuse across blocks.
     remat: the backward pass computes what is inside of a block again: memory for one block's
       activations, for a third more time.
+    observe: a function of the x after each block.
     settings: the module's attributes.
+
+  Returns:
+    The last x; with `observe` its values instead, with an axis of blocks in front.
   """
   if remat:
     # A scan keeps the two computations apart by itself.
     block = nn.remat(block, prevent_cse=not scan)
-  if not scan:
-    for i in range(depth):
-      x = block(**settings, name=f'block_{i}')(x, *shared)
-    return x
-  run = nn.scan(
-    lambda block, x, *shared: (block(x, *shared), None),
-    variable_axes={'params': 0},
-    split_rngs={'params': True},
-    in_axes=nn.broadcast,
-    length=depth,
-  )
-  return run(block(**settings, name=_STACKED), x, *shared)[0]
+
+  def step(block, x, *shared):
+    x = block(x, *shared)
+    return x, observe(x) if observe else None
+
+  if scan:
+    run = nn.scan(
+      step,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=depth,
+    )
+    x, seen = run(block(**settings, name=_STACKED), x, *shared)
+    return seen if observe else x
+  seen = []
+  for i in range(depth):
+    x, value = step(block(**settings, name=f'block_{i}'), x, *shared)
+    seen.append(value)
+  return jnp.stack(seen) if observe else x
 
 
 def unstack_blocks(variables: dict) -> dict:
@@ -58,4 +75,21 @@ def unstack_blocks(variables: dict) -> dict:
   if stacked := variables.get(_STACKED):
     depth = len(jax.tree.leaves(stacked)[0])
     out |= {f'block_{i}': jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
+  return out
+
+
+def stack_blocks(variables: dict, like: dict) -> dict:
+  """The inverse of `unstack_blocks`, where `like` (arrays or shapes) has scanned blocks.
+
+  Args:
+    variables: numpy arrays, all that `like` has but for its blocks being unrolled.
+    like: variables of the model that they are for.
+  """
+  if not isinstance(like, dict):
+    return variables
+  out = {name: stack_blocks(variables[name], like[name]) for name in like if name != _STACKED}
+  if stacked := like.get(_STACKED):
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    blocks = [variables[f'block_{i}'] for i in range(depth)]
+    out[_STACKED] = jax.tree.map(lambda *arrays: np.stack(arrays), *blocks)
   return out

@@ -8,8 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpcap.models import keys
 from dpcap.models.decoder import Cache, CaptionDecoder
 from dpcap.models.positions import image_positions
+from dpcap.models.precision import at_least_float32
 from dpcap.models.vit import Dense, ViT, frozen, patch_grid
 
 PADDING = 0  # the token id that carries no loss
@@ -34,6 +36,11 @@ class Captioner(nn.Module):
     remat: compute the inside of every block again in the backward pass.
   """
 
+  INPUTS = ('image', 'tokens')
+  KEYS = keys.TRANSFORMER
+  # The top-level parameters that features depend on.
+  FEATURE_PARTS = ('encoder', 'memory_projection')
+
   vocab_size: int
   patch_size: int
   width: int
@@ -45,6 +52,25 @@ class Captioner(nn.Module):
   dtype: jnp.dtype = jnp.float32
   scan_blocks: bool = False
   remat: bool = False
+
+  @classmethod
+  def make(cls, *, image_size, vocab_size, remat, size, patch_size, dtype, scan_blocks):
+    """A captioner of a named size; see `dpcap.models.make_model`."""
+    return cls(
+      vocab_size=vocab_size,
+      dtype=keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)],
+      scan_blocks=scan_blocks,
+      remat=remat,
+      **keys.shape_of(size, patch_size, image_size)._asdict(),
+    )
+
+  @nn.nowrap
+  def about(self) -> str:
+    """What it is, in words."""
+    return (
+      f'image captioner (a ViT encoder of {self.depth} layers and width {self.width}, a text'
+      f' decoder of {self.decoder_depth} layers and width {self.decoder_width})'
+    )
 
   def setup(self):
     blocks = dict(scan_blocks=self.scan_blocks, remat=self.remat)
@@ -78,7 +104,7 @@ class Captioner(nn.Module):
 
   def features(self, image_HxWx3: jax.Array) -> jax.Array:
     """Image features for probing, (..., decoder_width): the mean over the memory's tokens."""
-    return jnp.mean(_at_least_float32(self.memory(image_HxWx3)), axis=-2)
+    return jnp.mean(at_least_float32(self.memory(image_HxWx3)), axis=-2)
 
   def decode(self, memory_SxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
     """Logits (..., T, vocab_size) of the token after each of `tokens_T` (..., T)."""
@@ -110,7 +136,7 @@ class Captioner(nn.Module):
   def text_loss(self, memory_SxD: jax.Array, tokens_L: jax.Array) -> jax.Array:
     """The `loss` of captions of an image whose memory is known; its leading axes may be 1."""
     inputs_T, targets_T = tokens_L[..., :-1], tokens_L[..., 1:]
-    logits_TxV = _at_least_float32(self.decode(memory_SxD, inputs_T))
+    logits_TxV = at_least_float32(self.decode(memory_SxD, inputs_T))
     target_logits_T = jnp.take_along_axis(logits_TxV, targets_T[..., None], axis=-1)[..., 0]
     losses_T = jax.nn.logsumexp(logits_TxV, axis=-1) - target_logits_T
     counted_T = targets_T != PADDING
@@ -118,7 +144,3 @@ class Captioner(nn.Module):
     return jnp.sum(losses_T, axis=-1, where=counted_T) / count
 
   __call__ = loss
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

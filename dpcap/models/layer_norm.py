@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpcap.models.precision import at_least_float32
+
 
 class LayerNorm(nn.Module):
   """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis of x (..., D).
@@ -27,7 +29,7 @@ class LayerNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale_D = self.param('scale', nn.initializers.ones, x.shape[-1:])
     bias_D = self.param('bias', nn.initializers.zeros, x.shape[-1:])
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = at_least_float32(x)
     x -= jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(variance + self.epsilon) * scale_D + bias_D).astype(self.dtype)

@@ -14,6 +14,7 @@ from dpcap.models.attention import attend
 from dpcap.models.blocks import run_blocks
 from dpcap.models.layer_norm import LayerNorm
 from dpcap.models.positions import image_positions
+from dpcap.models.precision import at_least_float32
 
 # The kernels of projections are Xavier uniform, also the fused ones (as one matrix).
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
@@ -56,6 +57,7 @@ class EncoderBlock(nn.Module):
 
   heads: int
   dtype: jnp.dtype
+  qkv_bias: bool = False
 
   @nn.compact
   def __call__(self, x_TxD: jax.Array) -> jax.Array:
@@ -64,7 +66,7 @@ class EncoderBlock(nn.Module):
     dense = functools.partial(Dense, dtype=self.dtype)
 
     h_TxD = norm(name='attention_norm')(x_TxD)
-    qkv_Tx3D = dense(3 * width, use_bias=False, name='attention_qkv')(h_TxD)
+    qkv_Tx3D = dense(3 * width, use_bias=self.qkv_bias, name='attention_qkv')(h_TxD)
     h_TxD = attend(*jnp.split(qkv_Tx3D, 3, axis=-1), heads=self.heads, causal=False)
     x_TxD += dense(width, name='attention_out')(h_TxD)
 
@@ -73,12 +75,33 @@ class EncoderBlock(nn.Module):
     return x_TxD + dense(width, name='mlp_out')(h_Tx4D)
 
 
+def encode(
+  x_TxD: jax.Array, depth: int, *, dtype: jnp.dtype, block_means: bool = False, **how
+) -> jax.Array:
+  """Tokens (..., T, width) through the encoder's blocks and its norm; call it in a compact method.
+
+  Args:
+    x_TxD: the first token is the class token.
+    depth: how many blocks.
+    dtype: compute type.
+    block_means: give instead what ViP's linear probe takes: of each block's output the mean over
+      all tokens but the first, side by side, (..., depth * width), at least float32.
+    how: attributes of `EncoderBlock`, options of `run_blocks`.
+  """
+  if not block_means:
+    x_TxD = run_blocks(EncoderBlock, depth, x_TxD, dtype=dtype, **how)
+    return LayerNorm(epsilon=1e-6, dtype=dtype, name='norm')(x_TxD)
+  mean = lambda x_TxD: jnp.mean(at_least_float32(x_TxD[..., 1:, :]), axis=-2)
+  means_NxD = run_blocks(EncoderBlock, depth, x_TxD, dtype=dtype, observe=mean, **how)
+  return jnp.concatenate(list(means_NxD), axis=-1)
+
+
 class ViT(nn.Module):
   """Vision transformer: images (..., H, W, 3) -> tokens (..., 1+P, width), class token first.
 
   The class token and the type embedding are frozen (collection 'frozen'): they are added
   but never trained, as in the reference implementation.
-  `scan_blocks` and `remat`: see `run_blocks`.
+  `scan_blocks` and `remat`: see `run_blocks`; `block_means`: see `encode`.
   Source: Dosovitskiy et al. 2021; MAE (He et al. 2022) for the positions.
   """
 
@@ -91,7 +114,7 @@ class ViT(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, image_HxWx3: jax.Array) -> jax.Array:
+  def __call__(self, image_HxWx3: jax.Array, block_means: bool = False) -> jax.Array:
     positions_TxD = image_positions(*patch_grid(image_HxWx3.shape, self.patch_size), self.width)
     class_token_D = frozen(self, 'class_token', self.width)
     type_embedding_D = frozen(self, 'type_embedding', self.width)
@@ -104,16 +127,15 @@ class ViT(nn.Module):
     x_TxD = jnp.concatenate([class_1xD, x_PxD], axis=-2)
     x_TxD += jnp.asarray(positions_TxD, x_TxD.dtype) + type_embedding_D.astype(x_TxD.dtype)
 
-    x_TxD = run_blocks(
-      EncoderBlock,
-      self.depth,
+    return encode(
       x_TxD,
+      self.depth,
+      dtype=self.dtype,
+      block_means=block_means,
+      heads=self.heads,
       scan=self.scan_blocks,
       remat=self.remat,
-      heads=self.heads,
-      dtype=self.dtype,
     )
-    return LayerNorm(epsilon=1e-6, dtype=self.dtype, name='norm')(x_TxD)
 
 
 def frozen(module: nn.Module, name: str, width: int) -> jax.Array:

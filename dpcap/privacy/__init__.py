@@ -73,6 +73,7 @@ from dpcap.privacy.digests import digest
 from dpcap.privacy.keys import Keys, KeyStore
 from dpcap.privacy.mechanisms import MECHANISMS
 from dpcap.privacy.plan import PrivacyPlan, calibrate
+from dpcap.privacy.provenance import foreign_statement, is_generated, make_start
 from dpcap.privacy.sampling import SAMPLERS
 from dpcap.privacy.statement import make_statement, statement_text
 from dpcap.privacy.summation import RunningSum, running_sum
@@ -101,6 +102,9 @@ __all__ = [
   'choose_strategy',
   'clipped_sum',
   'digest',
+  'foreign_statement',
+  'is_generated',
+  'make_start',
   'make_statement',
   'plain_sum',
   'running_sum',

@@ -1,10 +1,12 @@
 """The privacy statement that goes with every checkpoint, for people and for programs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dpcap.privacy import accounting, clipping
 from dpcap.privacy.plan import PrivacyPlan
+from dpcap.privacy.provenance import describe_start
 
 _ADJACENCY = 'zero-out: one {} replaced by nothing, N and q fixed and public'
 
@@ -48,6 +50,8 @@ def make_statement(
   unit: str = 'image-text pair',
   fixed_seed: bool = False,
   keys_are_stored: bool = True,
+  data: Mapping[str, Any] | None = None,
+  start: Mapping[str, Any] | None = None,
 ) -> dict:
   """What is revealed by parameters that `releases` noisy gradients led to, as a JSON-ready dict.
 
@@ -61,6 +65,9 @@ def make_statement(
     unit: what one example is.
     fixed_seed: whether the keys came from a seed, which voids the guarantee.
     keys_are_stored: whether the keys are in a KeyStore; False: nowhere.
+    data: what was trained on: 'source', its kind, and 'generated', whether its records are drawn
+      from no data, so that nothing in them is private; None: not said.
+    start: the weights that the run started from (`provenance.make_start`); None: none.
 
   Returns:
     A dict whose 'epsilon' maps each accountant to its bound (None: no finite bound, or
@@ -88,6 +95,8 @@ def make_statement(
     'clipping': clipping_strategy,
     'clip_function': clip_function if plan.noisy else None,
     'sensitivity_rounding_margin': clipping.ROUNDING_MARGIN,
+    'data': None if data is None else dict(data),
+    'init': None,
     'steps': steps,
     'releases': releases,
     'delta': plan.delta,
@@ -103,6 +112,10 @@ def make_statement(
       'other runs on the same data: guarantees of several runs add up',
     ],
   }
+  if start is not None:
+    statement['init'] = init = describe_start(start, statement)
+    if not init['covered']:
+      statement['not_covered'].append('what the start was trained on')
   statement['text'] = statement_text(statement)
   return statement
 
@@ -156,6 +169,7 @@ def delta_allows(delta: float, dataset_size: int) -> str | None:
 def statement_text(statement: dict) -> str:
   """The statement in sentences."""
   s = statement
+  start = f' {s["init"]["text"]}' if s['init'] else ''
   if not s['private']:
     if not s['noise_multiplier']:
       reason = 'no noise was added'
@@ -165,7 +179,10 @@ def statement_text(statement: dict) -> str:
       reason = _SEED
     else:
       reason = f'noise multiplier {s["noise_multiplier"]:g} has no finite bound worth the name'
-    return f'This model has NO privacy guarantee: {reason}.'
+    of_nobody = ''
+    if s['data'] and s['data']['generated']:
+      of_nobody = f" Its data are generated ({s['data']['source']}): nothing in them is private."
+    return f'This model has NO privacy guarantee: {reason}.{of_nobody}{start}'
   bounds = _bounds_text(s['epsilon'])
   at_most, mu = s['truncated_batch_size'], s['gdp_mu']
   found = ', '.join(
@@ -185,7 +202,7 @@ def statement_text(statement: dict) -> str:
     f' {s["dataset_size"]:,} = {s["sampling_probability"]:.3g}'
     f'{f", at most {at_most:,}" if at_most else ""}. {s["releases"]:,} noisy gradients were'
     f' released ({s["steps"]:,} steps). Keys: {s["key_policy"]}.'
-    f' Not covered: {"; ".join(s["not_covered"])}.'
+    f' Not covered: {"; ".join(s["not_covered"])}.{start}'
   )
 
 

@@ -16,7 +16,11 @@ def make_tokenizer(config: ml_collections.ConfigDict) -> data.Tokenizer:
 
 
 def make_model(config: ml_collections.ConfigDict, vocab_size: int) -> nn.Module:
-  """The model of `config.model`, not initialised."""
+  """The model of `config.model`, not initialised.
+
+  Raises:
+    UserError: if its keys do not belong together.
+  """
   return models.make_model(
     image_size=config.data.image_size,
     vocab_size=vocab_size,
@@ -40,8 +44,8 @@ def make_training_source(config: ml_collections.ConfigDict) -> data.Source:
   A few of its records are looked at; what they lack is said on the screen only.
 
   Raises:
-    UserError: as make_source; if the sizes differ: N is part of the guarantee; or if none of the
-      records that were looked at can be used.
+    UserError: as make_source; if the sizes differ: N is part of the guarantee; if the model has
+      other classes; or if none of the records that were looked at can be used.
   """
   source = make_source(config, config.data.source)
   declared = config.data.dataset_size
@@ -50,8 +54,14 @@ def make_training_source(config: ml_collections.ConfigDict) -> data.Source:
       f'data.dataset_size is {declared}, but the source {config.data.source.name!r} has'
       f' {len(source)} records; set it to that number, or to None'
     )
+  fields = models.MODELS[config.model.name].INPUTS
+  if 'label' in fields and config.model.classes != len(source.class_names):
+    raise UserError(
+      f'model.classes is {config.model.classes}, but the source {config.data.source.name!r} has'
+      f' {len(source.class_names)} classes; set it to that number'
+    )
   try:
-    look = data.look_at(source)
+    look = data.look_at(source, fields)
   except data.StoreError as e:
     raise UserError(f'{e.filename}: {e.strerror}') from e
   if 2 * look.usable < look.looked_at:
@@ -102,12 +112,43 @@ def make_clip_function(config: ml_collections.ConfigDict) -> privacy.ClipFunctio
   return privacy.CLIP_FUNCTIONS[config.privacy.clip_function](**settings)
 
 
+def make_transform(
+  config: ml_collections.ConfigDict, tokenizer: data.Tokenizer | None
+) -> data.Transform:
+  """What makes examples for the config's model; without a tokenizer, what tells their shapes."""
+  return data.Transform(
+    config.data.image_size,
+    config.data.text_length,
+    tokenizer,
+    config.data.crop_scale,
+    config.data.pad_crop,
+    config.data.flip,
+    config.data.color_jitter,
+    fields=models.MODELS[config.model.name].INPUTS,
+    views=config.data.views,
+  )
+
+
+def make_view(config: ml_collections.ConfigDict, tokenizer: data.Tokenizer) -> data.Transform:
+  """What makes the views that evaluations take."""
+  return data.Transform(config.data.image_size, config.data.text_length, tokenizer)
+
+
 def synthetic_examples(
   config: ml_collections.ConfigDict, vocab_size: int, count: int
-) -> data.Examples:
+) -> data.Example:
   """Random examples (count, ...) with the shapes and ranges of real ones, from no data."""
   rng = np.random.default_rng(0)
-  size, length = config.data.image_size, config.data.text_length
-  tokens = rng.integers(0, vocab_size, (count, length), dtype=np.int32)
-  tokens[:, length // 2 + 1 :] = models.PADDING
-  return data.Examples(rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8), tokens)
+  below = {
+    'image': 256,
+    'tokens': vocab_size,
+    'label': config.model.get('classes', 1),
+    'key': 2**32,
+  }
+  examples = {
+    name: rng.integers(0, below[name], (count, *field.shape), dtype=field.dtype)
+    for name, field in make_transform(config, tokenizer=None).shapes.items()
+  }
+  if 'tokens' in examples:
+    examples['tokens'][..., config.data.text_length // 2 + 1 :] = models.PADDING
+  return examples

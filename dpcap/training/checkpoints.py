@@ -11,6 +11,7 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dpcap.errors import UserError
@@ -67,8 +68,8 @@ class Checkpoints:
         f' {free / 2**20:,.1f} MiB are free; make room, then the same command goes on'
       )
     items = ocp.args.Composite(
-      model=ocp.args.StandardSave({'params': state.params, 'frozen': state.frozen}),
-      training=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+      model=ocp.args.StandardSave(state.variables),
+      training=ocp.args.StandardSave(_beside_the_model(state)),
       privacy=ocp.args.JsonSave(statement),
     )
     self._guarded(lambda: self._manager.save(int(state.step), args=items, force=True))
@@ -85,15 +86,14 @@ class Checkpoints:
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     items = ocp.args.Composite(
-      model=ocp.args.StandardRestore({'params': target.params, 'frozen': target.frozen}),
-      training=ocp.args.StandardRestore({'step': target.step, 'opt_state': target.opt_state}),
+      model=ocp.args.StandardRestore(target.variables),
+      training=ocp.args.StandardRestore(_beside_the_model(target)),
     )
     restored = self._restore(step, items)
+    model = restored.model['params']
+    average = None if like.average is None else model
     return TrainState(
-      step=restored.training['step'],
-      params=restored.model['params'],
-      frozen=restored.model['frozen'],
-      opt_state=restored.training['opt_state'],
+      **{'params': model} | restored.training, frozen=restored.model['frozen'], average=average
     )
 
   def restore_model(self, step: int, like: TrainState) -> dict:
@@ -120,11 +120,9 @@ class Checkpoints:
       if processes.is_loss(e):
         raise
       path = pathlib.Path(self.path(step))
-      if why := damage_of_arrays(path):
-        others = whole(self._directory, but=path)
-        raise UserError(f'{path}: not whole ({why}); whole ones beside it: {others}') from e
+      _refuse_damaged(path, e)
       raise UserError(
-        f'{self.path(step)}: cannot be restored as the model of this config ({_first_line(e)})'
+        f'{path}: cannot be restored as the model of this config ({_first_line(e)})'
       ) from e
 
   def _guarded(self, write):
@@ -137,6 +135,36 @@ class Checkpoints:
       raise UserError(
         f'{self._directory}: a checkpoint cannot be written ({_first_line(e)})'
       ) from e
+
+
+def _beside_the_model(state: TrainState) -> dict:
+  """What only going on with a run needs; of an averaged one, the parameters as they are."""
+  items = {'step': state.step, 'opt_state': state.opt_state}
+  return items if state.average is None else items | {'params': state.params}
+
+
+def read_model(checkpoint: pathlib.Path) -> dict:
+  """{'params', 'frozen'} of a checkpoint's directory, of whatever model, as numpy arrays.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  path, handler = checkpoint.absolute() / 'model', ocp.StandardCheckpointHandler()
+  try:
+    like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), handler.metadata(path).tree)
+    return ocp.Checkpointer(handler).restore(path, args=ocp.args.StandardRestore(like))
+  except Exception as e:  # pylint: disable=broad-except
+    if processes.is_loss(e):
+      raise
+    _refuse_damaged(checkpoint, e)
+    raise UserError(f'{checkpoint}: cannot be read ({_first_line(e)})') from e
+
+
+def _refuse_damaged(path: pathlib.Path, error: Exception) -> None:
+  """Says what a checkpoint lacks, if that is why it cannot be read."""
+  if why := damage_of_arrays(path):
+    others = whole(path.parent, but=path)
+    raise UserError(f'{path}: not whole ({why}); whole ones beside it: {others}') from error
 
 
 def _first_line(error: Exception) -> str:

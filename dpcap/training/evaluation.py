@@ -20,7 +20,7 @@ from dpcap.training.metrics import write_whole
 from dpcap.training.optimizer import make_optimizer
 from dpcap.training.step import init_state
 from dpcap.training.training_data import TrainingData
-from dpcap.training.workdir import newest_checkpoint
+from dpcap.training.workdir import find_checkpoint
 
 PyTree = Any
 
@@ -40,8 +40,7 @@ class Evaluations:
       self._model,
       make_optimizer(config.optimizer, config.train.steps),
       Layout(make_mesh()),
-      config.data.image_size,
-      config.data.text_length,
+      build.make_transform(config, self._tokenizer).shapes,
       config.train.model_seed,
     )
     self.untrained = {'params': self._initial.params, 'frozen': self._initial.frozen}
@@ -79,10 +78,12 @@ class Evaluations:
     make_subject = functools.partial(
       evals.Subject,
       # To scan blocks is for compiling the training step; evaluations look into blocks.
-      model=self._model.clone(scan_blocks=False, remat=False),
+      model=self._model.clone(
+        **{name: False for name in ('scan_blocks', 'remat') if hasattr(self._model, name)}
+      ),
       variables=_on_this_process(variables),
       untrained=_on_this_process(self.untrained),
-      transform=data.Transform(config.data.image_size, config.data.text_length, self._tokenizer),
+      transform=build.make_view(config, self._tokenizer),
       workers=config.data.workers,
       cache=cache,
     )
@@ -156,13 +157,14 @@ def restore(
 
   Args:
     evaluations: whose model it is.
-    named: the checkpoint's directory, or None for the newest of `workdir`.
+    named: a checkpoint's directory or a workdir, or None for the newest of `workdir`.
     workdir: of the run.
 
   Raises:
     UserError: if there is none, or it cannot be restored.
   """
-  find = lambda: pathlib.Path(processes.from_main(lambda: str(find_checkpoint(named, workdir))))
+  place = pathlib.Path(named) if named else workdir
+  find = lambda: pathlib.Path(processes.from_main(lambda: str(find_checkpoint(place))))
   checkpoint = find()
   while True:
     error = None
@@ -175,22 +177,3 @@ def restore(
     tried, checkpoint = checkpoint, find()
     if tried == checkpoint:
       raise error or UserError(f'{checkpoint}: another process cannot read it')
-
-
-def find_checkpoint(named: str | None, workdir: pathlib.Path) -> pathlib.Path:
-  """The checkpoint to evaluate: the one named, or the newest of the workdir.
-
-  Raises:
-    UserError: if there is none.
-  """
-  if named:
-    path = pathlib.Path(named)
-    if not path.is_dir() or not path.name.isdigit():
-      raise UserError(
-        f'checkpoint is {named}; it must be a directory such as WORKDIR/checkpoints/1000'
-      )
-    return path
-  newest = newest_checkpoint(workdir)
-  if newest is None:
-    raise UserError(f'{workdir}/checkpoints: holds no checkpoint; train first')
-  return newest

@@ -27,6 +27,7 @@ from dpcap.training.damage import set_aside
 from dpcap.training.epsilon_curve import EpsilonCurve
 from dpcap.training.evaluation import Evaluations
 from dpcap.training.fatal_records import FatalRecords
+from dpcap.training.initialization import start_from
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.ownership import check_workdir, lock, secrets_directory
@@ -113,24 +114,32 @@ class _Run:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     self._schedule = make_schedule(config.optimizer, config.train.steps)
     self._clip_function = build.make_clip_function(config)
-    self._init_state = functools.partial(
+    self._transform = build.make_transform(config, self._tokenizer)
+    self._random_state = functools.partial(
       init_state,
       model,
       optimizer,
       self._layout,
-      config.data.image_size,
-      config.data.text_length,
+      self._transform.shapes,
       config.train.model_seed,
+      averaged=config.train.ema_decay is not None,
     )
     main = processes.is_main()
     with doing('initialising the model', main):
-      self.state = self._init_state()
+      # One that goes on has a state, which takes the place of this one.
+      self._begin(self._checkpoints.latest_step() is None)
     self._clipping = 'none'
     if plan.noisy:
       with doing('checking the clipping', main):
         self._clipping = self._choose_clipping(model)
     self._step = make_step(
-      model, optimizer, plan, self._layout, self._clipping, self._clip_function
+      model,
+      optimizer,
+      plan,
+      self._layout,
+      self._clipping,
+      self._clip_function,
+      config.train.ema_decay,
     )
     # As shapes: what is released with a step is donated to it.
     self._like = jax.tree.map(
@@ -139,10 +148,19 @@ class _Run:
     self._store: privacy.KeyStore | None = None  # on the main process
     self._curve = EpsilonCurve(plan)
 
+  def _begin(self, anew: bool = True) -> None:
+    """Makes `state` that before the first step: from `train.init`, if set and the run is `anew`."""
+    self.state, self._start = self._random_state(), None
+    if self._config.train.init and anew:
+      start = start_from(self._config.train.init, self._config.train.init_parts, self.state)
+      self.state, self._start = start.state, start.record
+      if processes.is_main():
+        print(start.said, file=sys.stderr)
+
   def _choose_clipping(self, model: nn.Module) -> str:
     """The strategy that this run's config asks for, once its answer is known to be right."""
-    settings, vocab_size = self._config.privacy, self._tokenizer.vocab_size
-    examples = build.synthetic_examples(self._config, vocab_size, count=2)
+    settings = self._config.privacy
+    examples = build.synthetic_examples(self._config, self._tokenizer.vocab_size, count=2)
     loss_fn = example_loss(model, self.state.frozen)
     params = self._layout.everywhere(self.state.params)
     strategy = settings.clipping
@@ -191,8 +209,9 @@ class _Run:
     if self.done:
       self.state = None  # two do not fit everywhere
       self.state = self._checkpoints.restore(self.done, self._like)
+      self._start = self._statement_on_disk().get('init')
     elif fresh:
-      self.state = self._init_state()
+      self._begin()
     keys = privacy.Keys(*map(tuple, processes.from_main(lambda: self._open_store(fresh))))
     self._noise_key = self._layout.everywhere(keys.noise_key())
     self._noise_state = self._plan.make_mechanism().init(
@@ -209,6 +228,10 @@ class _Run:
     self._batches = self._make_batches(keys)
     self._elements = self._load()
     self._parts.callback(self._elements.close)
+
+  def _statement_on_disk(self) -> dict[str, Any]:
+    """That of the checkpoint that the run goes on from."""
+    return read_statement(pathlib.Path(self._checkpoints.path(self.done)))
 
   def _load(self) -> Iterator[list[data.Chunk]]:
     """The chunks of all slots to come; a record that ends its worker is left out from then on."""
@@ -230,7 +253,7 @@ class _Run:
     """Opens or renews keys and ledger, which only the main process does, and what follows."""
     mark = None
     if self.done:
-      mark = read_statement(pathlib.Path(self._checkpoints.path(self.done))).get('ledger')
+      mark = self._statement_on_disk().get('ledger')
     if fresh:
       self._store.renew(self.done, mark)
     else:
@@ -263,13 +286,7 @@ class _Run:
     config = self._config
     return data.LogicalBatches(
       source=self._source,
-      transform=data.Transform(
-        config.data.image_size,
-        config.data.text_length,
-        self._tokenizer,
-        config.data.crop_scale,
-        config.data.flip,
-      ),
+      transform=self._transform,
       draw=self._plan.make_sampler(keys.sampling).draw,
       augmentation_rng=functools.partial(augmentation_generator, keys.sampling),
       steps=config.train.steps,
@@ -402,9 +419,8 @@ class _Run:
     self.save(wait=True)
     self.say(f'step {self.done}: evaluating')
     with self._progress.paused():
-      variables = {'params': self.state.params, 'frozen': self.state.frozen}
       results = Evaluations(self._config).run(
-        self._layout.everywhere(variables),
+        self._layout.everywhere(self.state.variables),
         self._checkpoints.path(self.done),
         folder,
         cache=self._workdir / 'evals' / 'cache',
@@ -414,19 +430,28 @@ class _Run:
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state, on the main process."""
-    tokenizer = f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip()
+    source = self._config.data.source.name
+    fields, not_covered = self._transform.fields, []
+    if 'tokens' in fields:
+      tokenizer = f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip()
+      not_covered = [
+        f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})'
+      ]
     return privacy.make_statement(
       self._plan,
       steps=self.done,
       releases=self._store.releases(self.done),
       clipping_strategy=self._clipping,
       clip_function=str(self._clip_function),
+      unit=data.unit(fields),
       fixed_seed=self._config.privacy.seed is not None,
       not_covered=[
         'diagnostics: files named *.private.* in the workdir, and what the screen showed',
-        f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})',
+        *not_covered,
         'evaluations that read the training data (marked uses_training_data in evals/)',
       ],
+      data={'source': source, 'generated': source in data.GENERATED},
+      start=self._start,
     )
 
   def _report(self, diagnostics: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ the optimizer with; the new parameters are gathered once.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -37,12 +37,20 @@ class TrainState(NamedTuple):
     params: trained parameters, float32.
     frozen: the model's other tensors, never changed.
     opt_state: the optimizer's.
+    average: of the parameters over the steps, float32; None: the run keeps none.
   """
 
   step: jax.Array
   params: PyTree
   frozen: PyTree
   opt_state: PyTree
+  average: PyTree | None = None
+
+  @property
+  def variables(self) -> PyTree:
+    """What is evaluated: {'params', 'frozen'}, the average of the parameters where there is one."""
+    params = self.params if self.average is None else self.average
+    return {'params': params, 'frozen': self.frozen}
 
 
 class Accumulator(NamedTuple):
@@ -68,11 +76,16 @@ class Accumulator(NamedTuple):
 
 
 def example_loss(model: nn.Module, frozen: PyTree) -> privacy.clipping.LossFn:
-  """The loss of one example, as `loss_fn(params, Examples) -> scalar`."""
+  """The loss of one example, as `loss_fn(params, Example) -> scalar`.
 
-  def loss_fn(params, example: data.Examples):
+  That of several views of a record is their mean: one gradient, clipped as a whole.
+  """
+
+  def loss_fn(params, example: data.Example):
     variables = {'params': params, 'frozen': frozen}
-    return model.apply(variables, data.normalize(example.image), example.tokens)
+    fields = example | {'image': data.normalize(example['image'])}
+    losses = model.apply(variables, *(fields[name] for name in model.INPUTS))
+    return jnp.mean(losses) if losses.ndim else losses
 
   return loss_fn
 
@@ -81,30 +94,46 @@ def init_state(
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   layout: Layout,
-  image_size: int,
-  text_length: int,
+  shapes: Mapping[str, Any],
   seed: int,
+  averaged: bool = False,
 ) -> TrainState:
-  """Initial parameters, from a public seed and no data, laid out as `Step` keeps them."""
-  image = jnp.zeros((image_size, image_size, 3), jnp.float32)
-  tokens = jnp.ones((text_length,), jnp.int32)
+  """Initial parameters, from a public seed and no data, laid out as `Step` keeps them.
+
+  Args:
+    model: what is trained.
+    optimizer: its state begins with the parameters.
+    layout: which device holds what.
+    shapes: field -> its shape and type in one example.
+    seed: of the parameters.
+    averaged: whether the run keeps an average of the parameters.
+  """
 
   def init():
-    variables = model.init(jax.random.key(seed), image, tokens)
+    example = {name: jnp.zeros(field.shape, field.dtype) for name, field in shapes.items()}
+    fields = example | {'image': data.normalize(example['image'])}
+    variables = model.init(jax.random.key(seed), *(fields[name] for name in model.INPUTS))
     params, frozen = variables['params'], variables.get('frozen', {})
-    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params))
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      frozen=frozen,
+      opt_state=optimizer.init(params),
+      average=params if averaged else None,
+    )
 
   return jax.jit(init, out_shardings=state_layout(layout, jax.eval_shape(init)))()
 
 
 def state_layout(layout: Layout, state: TrainState) -> TrainState:
-  """The shardings of a state: parameters whole in each row, the optimizer's state in shards."""
+  """The shardings of a state: parameters whole in each row, what updates need in shards."""
   whole = lambda tree: jax.tree.map(lambda _: layout.whole(), tree)
   return TrainState(
     step=layout.whole(),
     params=layout.params(state.params),
     frozen=whole(state.frozen),
     opt_state=layout.shards(state.opt_state),
+    average=layout.shards(state.average),
   )
 
 
@@ -134,6 +163,7 @@ def make_step(
   layout: Layout,
   clipping: str = 'auto',
   clip_function: privacy.ClipFunction = privacy.Clip(),
+  ema_decay: float | None = None,
 ) -> Step:
   """The step of a run.
 
@@ -144,6 +174,7 @@ def make_step(
     layout: which device holds what.
     clipping: strategy of `clipped_sum`; a plan without noise takes the plain sum.
     clip_function: from gradient norms to the factors that examples are scaled by.
+    ema_decay: of the average of the parameters; None: the state has none.
   """
   mechanism = plan.make_mechanism()
 
@@ -234,11 +265,13 @@ def make_step(
     grads = jax.tree.map(lambda g: g / plan.expected_batch_size, noisy)
     grads = jax.lax.with_sharding_constraint(grads, layout.shards(grads))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
     new_state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       frozen=state.frozen,
       opt_state=opt_state,
+      average=None if ema_decay is None else _averaged(state, params, ema_decay),
     )
     new_state = jax.lax.with_sharding_constraint(new_state, state_layout(layout, new_state))
     return new_state, noise_state, _diagnostics(counts, plan.noisy), digest
@@ -248,6 +281,14 @@ def make_step(
     accumulate=jax.jit(accumulate, donate_argnums=1),
     update=jax.jit(update, donate_argnums=0),
   )
+
+
+def _averaged(state: TrainState, params: PyTree, decay: float) -> PyTree:
+  """The average with new parameters; early on it forgets faster, as in Sander et al. 2023."""
+  t = state.step.astype(jnp.float32)
+  kept = jnp.minimum(decay, (1 + t) / (10 + t))
+  # As a step towards the new ones, which loses less where the decay is close to 1.
+  return jax.tree.map(lambda a, p: a + (1 - kept) * (p - a), state.average, params)
 
 
 def _diagnostics(accumulator: Accumulator, private: bool) -> dict[str, jax.Array]:

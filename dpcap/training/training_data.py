@@ -3,10 +3,10 @@
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from dpcap import data
+from dpcap import data, privacy
 from dpcap.errors import UserError
 from dpcap.training.workdir import read_statement
 
@@ -30,14 +30,20 @@ class TrainingData:
   """The training data of the run that made a checkpoint, as far as they can be seen from here.
 
   The run's own config.json tells which, whatever the config of an evaluation says. They are opened
-  when a source of the same kind is to be told apart from them, not before.
+  when a source of the same kind is to be told apart from them, not before. Those of the weights
+  that it started from count as well, unless they are generated: nothing in them is private.
   """
 
-  def __init__(self, checkpoint: str):
-    """`checkpoint` is WORKDIR/checkpoints/STEP, which a run that goes on may remove later."""
+  def __init__(self, checkpoint: str, statement: dict[str, Any] | None = None):
+    """The data of a checkpoint.
+
+    Args:
+      checkpoint: WORKDIR/checkpoints/STEP, which a run that goes on may remove later.
+      statement: its own; None: as it lies there.
+    """
     self._checkpoint = pathlib.Path(checkpoint).resolve()
     try:
-      self._statement = read_statement(self._checkpoint)
+      self._statement = statement or read_statement(self._checkpoint)
     except UserError as e:
       self._statement = e
     self._relations: dict[data.Contents, data.Relation] = {}
@@ -53,7 +59,8 @@ class TrainingData:
       return Verdict(True, True, 'the config declares that it is not apart')
     nothing = data.Relation(None, 'it read its images in a way that is not known')
     reasons = {True: [], False: [], None: []}
-    for relation in map(self._relation_to, sources) if sources else [nothing]:
+    found = (link._relation_to(source) for link in self._chain() for source in sources)
+    for relation in found if sources else [nothing]:
       reasons[relation.apart].append(relation.why)
     say = lambda apart: '; '.join(dict.fromkeys(reasons[apart]))
     if reasons[False]:
@@ -63,6 +70,13 @@ class TrainingData:
     if apart:
       return Verdict(False, True, f'declared by the config, it cannot be told: {say(None)}')
     return Verdict(True, False, f'it cannot be told: {say(None)}')
+
+  def _chain(self) -> Iterator['TrainingData']:
+    """This, and the data of what the run started from."""
+    yield self
+    start = None if isinstance(self._statement, UserError) else self._statement.get('init')
+    if start and not privacy.is_generated(start['statement']):
+      yield from TrainingData(start['path'], start['statement'])._chain()
 
   def _relation_to(self, source: data.Source) -> data.Relation:
     """Evaluations share sources, and 234 million records are compared once."""

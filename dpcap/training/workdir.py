@@ -41,6 +41,22 @@ def newest_checkpoint(workdir: pathlib.Path) -> pathlib.Path | None:
   return next((path for path in steps(workdir / 'checkpoints') if damage(path) is None), None)
 
 
+def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
+  """A checkpoint by its own directory, or the newest of a workdir.
+
+  Raises:
+    UserError: if there is none.
+  """
+  if (path / 'checkpoints').is_dir():
+    if newest := newest_checkpoint(path):
+      return newest
+  elif path.name.isdecimal() and path.is_dir():
+    return path
+  raise UserError(
+    f'{path}: holds no checkpoint; give a directory such as WORKDIR/checkpoints/1000, or WORKDIR'
+  )
+
+
 def read_statement(checkpoint: pathlib.Path) -> dict[str, Any]:
   """The privacy statement that a checkpoint carries, with the mark of its keys as 'ledger'.
 

@@ -25,8 +25,8 @@ def _assert_same(a, b):
   for x, y in zip(a, b):
     assert len(x) == len(y)
     for c, d in zip(x, y):
-      np.testing.assert_array_equal(c.examples.image, d.examples.image)
-      np.testing.assert_array_equal(c.examples.tokens, d.examples.tokens)
+      np.testing.assert_array_equal(c.examples['image'], d.examples['image'])
+      np.testing.assert_array_equal(c.examples['tokens'], d.examples['tokens'])
       np.testing.assert_array_equal(c.mask, d.mask)
       np.testing.assert_array_equal(c.live, d.live)
       assert (c.drawn, c.bad, c.reasons) == (d.drawn, d.bad, d.reasons)

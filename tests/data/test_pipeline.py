@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from dpcap import data
 from dpcap.data import pipeline
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
@@ -48,7 +49,7 @@ def make_batches(
 ):
   return pipeline.LogicalBatches(
     source=source or Numbered(),
-    transform=pipeline.Transform(4, 8, BytesTokenizer(), **transform),
+    transform=data.Transform(4, 8, BytesTokenizer(), **transform),
     draw=draw,
     augmentation_rng=_no_rng,
     steps=steps,
@@ -61,7 +62,7 @@ def make_batches(
 
 
 def _indices(chunk):
-  pixels = chunk.examples.image[chunk.mask][:, 0, 0].astype(int)
+  pixels = chunk.examples['image'][chunk.mask][:, 0, 0].astype(int)
   return pixels[:, 0] * 256 + pixels[:, 1]
 
 
@@ -105,7 +106,7 @@ def test_rows_and_processes_share_out_the_same_draw(rows, processes, size):
     drawn = [sum(chunk.drawn for chunk in chunks) for chunks in steps]
     assert sum(drawn) == size and max(drawn) - min(drawn) <= share
     for chunk in itertools.chain(*steps):
-      assert chunk.examples.image.shape[:3] == chunk.mask.shape == (share, 2, 8)
+      assert chunk.examples['image'].shape[:3] == chunk.mask.shape == (share, 2, 8)
       for row in range(share):
         assert not chunk.mask[row, chunk.live[row] :].any()
 
@@ -132,7 +133,7 @@ def test_bad_records_count_as_drawn_are_masked_and_told():
   assert sum(c.mask.sum() for c in chunks) == len(_draw(0)) - missing
   assert f'record {bad[0]}: made bad' in [r for c in chunks for r in c.reasons]
   for chunk in chunks:
-    assert not chunk.examples.image[~chunk.mask].any()
+    assert not chunk.examples['image'][~chunk.mask].any()
 
 
 def test_one_of_several_captions_is_drawn_for_each_step_and_replayed():
@@ -146,7 +147,7 @@ def test_one_of_several_captions_is_drawn_for_each_step_and_replayed():
   def captions(step):
     elements = range(step * batches.slots, (step + 1) * batches.slots)
     chunks = [chunk for element in elements for chunk in batches[element]]
-    return [tokenizer.decode(row) for c in chunks for row in c.examples.tokens[c.mask]]
+    return [tokenizer.decode(row) for c in chunks for row in c.examples['tokens'][c.mask]]
 
   seen = [captions(step) for step in range(10)]
   assert {text[0] for texts in seen for text in texts} == {'a', 'b'}
@@ -162,7 +163,7 @@ def test_the_sampling_key_does_not_show():
 
 
 def test_evaluation_batches_hold_all_images_in_order():
-  transform = pipeline.Transform(4, 8, BytesTokenizer())
+  transform = data.Transform(4, 8, BytesTokenizer())
   batches = pipeline.EvaluationBatches(Numbered([2]), transform, 64)
   parts = [batches[e] for e in range(len(batches))]
   labels = np.concatenate([p.labels for p in parts])

@@ -44,8 +44,8 @@ def test_evaluate_lists_what_was_written_beside_what_was_given(subject):
   loss, losses, count = jax.jit(subject.model.apply), 0.0, 0
   for index in range(4):
     example = subject.transform(data.Scenes(image_size=16, **section)[index], None)
-    n = np.sum(example.tokens[1:] != 0)
-    losses += n * loss(subject.variables, data.normalize(example.image), example.tokens)
+    n = np.sum(example['tokens'][1:] != 0)
+    losses += n * loss(subject.variables, data.normalize(example['image']), example['tokens'])
     count += n
   assert result.details['perplexity'] == pytest.approx(np.exp(losses / count), rel=1e-4)
 

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from dpcap import data
 from dpcap.data import pipeline
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
@@ -84,7 +85,7 @@ def _subject(sources):
     model=types.SimpleNamespace(apply=None),
     variables={},
     untrained={},
-    transform=pipeline.Transform(4, 8, BytesTokenizer()),
+    transform=data.Transform(4, 8, BytesTokenizer()),
     make_source=lambda name: sources[name],
     note=lambda source: None,
     workers=0,

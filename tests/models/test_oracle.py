@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 
+from dpcap.errors import UserError
 from dpcap.privacy import CLIPPING_STRATEGIES
 from tools import check_oracle, make_oracle
 
@@ -27,6 +29,44 @@ def test_captioner_agrees_with(path):
   by_strategy = errors.pop('clipped_sum')
   flat = errors | by_strategy
   assert all(0 <= error <= TOLERANCE for error in flat.values()), flat
+
+
+@pytest.fixture(name='mae_arrays', scope='module')
+def _mae_arrays():
+  with jax.enable_x64(True):
+    return make_oracle.make_mae_oracle(seed=0)
+
+
+def test_mae_agrees_with_what_its_gradients_one_by_one_give(mae_arrays, monkeypatch):
+  # That strategies agree is shown in tests/privacy.
+  monkeypatch.setattr(check_oracle, 'CLIPPING_STRATEGIES', ['vmap'])
+  errors = check_oracle.oracle_errors(check_oracle.Oracle(mae_arrays))
+  assert list(errors) == [
+    'loss',
+    'encoder',
+    'prediction',
+    'block_means',
+    'grad_norm',
+    'clipped_sum',
+  ]
+  flat = errors | errors.pop('clipped_sum')
+  assert all(0 <= error <= TOLERANCE for error in flat.values()), flat
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'in/mask_noise': np.zeros((4, 8), np.float32)}, 'in/mask_noise is float32 of shape (4, 8)'),
+    ({'in/mask_noise': np.zeros((4, 9), int)}, 'in/mask_noise is int64'),
+    ({'out/all/clip_norm': np.array(0.0)}, 'out/all/clip_norm=0.0'),
+    ({'param/pos_embed': np.zeros((1, 11, 12), np.float32)}, "'pos_embed' has 11 tokens"),
+    ({'param/mask_token': np.zeros((1, 8), np.float32)}, "'mask_token' has shape (1, 8)"),
+    ({'param/blocks.1.norm1.bias': np.zeros(12)}, "unknown array 'blocks.1.norm1.bias'"),
+  ],
+)
+def test_what_is_wrong_in_a_file_of_an_mae_is_named(mae_arrays, changes, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    check_oracle.oracle_errors(check_oracle.Oracle(mae_arrays | changes))
 
 
 def test_shipped_file_is_what_make_oracle_writes():

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from dpcap.errors import UserError
-from dpcap.models.reference_weights import UNUSED, from_reference, to_reference
+from dpcap.models import MAE
+from dpcap.models.positions import image_positions
+from dpcap.models.reference_names.captioner import UNUSED
+from dpcap.models.reference_weights import from_reference, to_reference
 from tools.check_oracle import oracle_model, read_oracle
 
 ORACLE = read_oracle(str(pathlib.Path(__file__).with_name('captioner_oracle.npz')))
@@ -104,3 +107,55 @@ def test_positions_of_another_text_length_are_accepted():
   """Weights serve any text length: only the values must be sin-cos."""
   name = 'text_decoder_pos_embed'
   from_reference(ARRAYS | {name: ARRAYS[name][:, :3]}, MODEL)
+
+
+# --- The masked autoencoder.
+
+TRAINED = MAE(4, 12, 1, 3, 8, 1, 2, train_positions=True)
+
+
+@pytest.fixture(name='mae', scope='module')
+def _mae():
+  """Random variables of the model with trained positions, and the reference's arrays of them."""
+  rng = np.random.default_rng(0)
+  arguments = jax.random.key(0), np.zeros((12, 12, 3)), np.zeros(2, np.uint32)
+  shapes = jax.eval_shape(TRAINED.init, *arguments)
+  draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
+  variables = jax.tree.map(draw, shapes)
+  return variables, to_reference(variables['params'], TRAINED)
+
+
+def test_an_mae_comes_back_as_it_went(mae):
+  variables, arrays = mae
+  jax.tree.map(np.testing.assert_array_equal, from_reference(arrays, TRAINED), variables)
+  # One name stands for one array: no two are swapped.
+  encoder, decoder = variables['params']['encoder'], variables['params']['decoder']
+  for name, array in {
+    'cls_token': encoder['class_token'][None, None],
+    'mask_token': decoder['mask_token'][None, None],
+    'pos_embed': encoder['positions'][None],
+    'decoder_pos_embed': decoder['positions'][None],
+    'norm.weight': encoder['norm']['scale'],
+    'decoder_norm.bias': decoder['norm']['bias'],
+    'blocks.0.attn.qkv.bias': encoder['block_0']['attention_qkv']['bias'],
+    'decoder_blocks.0.mlp.fc2.weight': decoder['block_0']['mlp_out']['kernel'].T,
+    'decoder_embed.weight': decoder['embedding']['kernel'].T,
+    'decoder_pred.weight': decoder['pixels']['kernel'].T,
+  }.items():
+    np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+
+def test_positions_of_an_mae_must_be_sin_cos_where_they_are_constants(mae):
+  variables, arrays = mae
+  fixed = TRAINED.clone(train_positions=False)
+  with pytest.raises(UserError, match="'pos_embed' differs.*train_positions=True takes them"):
+    from_reference(arrays, fixed)
+  sincos = {
+    'pos_embed': np.float32(image_positions(3, 3, 12)[None]),
+    'decoder_pos_embed': np.float32(image_positions(3, 3, 8)[None]),
+  }
+  found = from_reference(arrays | sincos, fixed)
+  assert 'positions' not in found['params']['encoder']
+  np.testing.assert_array_equal(
+    found['params']['decoder']['mask_token'], variables['params']['decoder']['mask_token']
+  )

@@ -1310,6 +1310,25 @@ def captioner_in_scanned_blocks_with_remat():
   return _captioner(scan_blocks=True, remat=True)
 
 
+@entry
+def masked_autoencoder():
+  """Its class token, mask token and positions are trained; an example brings its own mask."""
+  module = models.MAE(4, 8, 1, 2, 12, 1, 3, train_positions=True)  # of 6 patches it keeps one
+
+  def make_batch(rng, size):
+    bits = rng.integers(0, 2**32, size=(size, 2), dtype=np.uint32)
+    return {'image': rng.normal(size=(size, 8, 12, 3)), 'key': bits}
+
+  example = one(make_batch)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), example['image'], example['key'])
+
+  def loss_fn(params, example):
+    model = module.clone(dtype=jax.tree.leaves(params)[0].dtype)
+    return model.apply({'params': params}, example['image'], example['key'])
+
+  return Model(loss_fn, draw(shapes['params'], 'mae'), make_batch)
+
+
 BFLOAT16: dict[str, Callable[[], Model]] = {}
 
 

@@ -43,6 +43,7 @@ def write_run(
   change(config)
   usual = {
     'private': True,
+    'unit': 'one image-text pair',
     'accountant': 'pld',
     'epsilon': {'rdp': 10.0366, 'pld': 7.98765},
     'delta': 1e-6,
@@ -157,7 +158,7 @@ def test_figures_are_those_of_the_files(full):
     '1,000 steps of 6 planned',
     'expected batch 100',
     '100 epochs',
-    '1,000 image–text pairs',
+    '1,000 records (scenes, train; one image-text pair each)',
     '91.2%',
     '90.1 – 92.3',
     '85.7%',
@@ -181,7 +182,7 @@ def test_parameters_are_counted(full):
   words = len(pathlib.Path(data.SCENES_VOCABULARY).read_text().split())
   # micro, by hand: the encoder, its projection, the decoder, embedding and output.
   count = 6352 + 272 + 4224 + words * 16 + words * 17
-  assert f'({count:,} parameters; ' in full['report.html']
+  assert f'of {count:,} parameters' in full['report.html']
 
 
 def test_diagnostics_are_on_the_private_page_only(full):
@@ -473,7 +474,7 @@ def test_the_vocabulary_may_be_elsewhere(tmp_path):
     config.data.vocabulary = '/nonexistent/words.txt'
 
   text = plain(public(tmp_path, change=change))
-  assert 'size micro (a ViT encoder of 1 layers' in text
+  assert 'Image captioner (a ViT encoder of 1 layers' in text
 
 
 @pytest.mark.parametrize('count, drawn', [(40, True), (41, False)])

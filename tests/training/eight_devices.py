@@ -94,7 +94,7 @@ def run(devices: int, model_parallel: int, clipping: str, folder: pathlib.Path) 
     rows=layout.rows,
     local_rows=layout.local_rows,
   )
-  state = init_state(model, optimizer, layout, 16, 8, seed=0)
+  state = init_state(model, optimizer, layout, batches.transform.shapes, seed=0)
   step = make_step(model, optimizer, plan, layout, clipping)
   key = jax.device_put(keys.noise_key(), layout.whole())
   checkpoints, first = Checkpoints(folder), 0

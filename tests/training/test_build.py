@@ -147,8 +147,8 @@ def test_clip_functions_are_made_with_their_settings():
 def test_synthetic_examples_have_the_shapes_of_real_ones():
   config = tiny.get_config()
   examples = build.synthetic_examples(config, vocab_size=50, count=3)
-  assert examples.image.shape == (3, 16, 16, 3) and examples.image.dtype == np.uint8
-  assert examples.tokens.shape == (3, 8) and examples.tokens.dtype == np.int32
-  assert 0 <= examples.tokens.min() and examples.tokens.max() < 50
+  assert examples['image'].shape == (3, 16, 16, 3) and examples['image'].dtype == np.uint8
+  assert examples['tokens'].shape == (3, 8) and examples['tokens'].dtype == np.int32
+  assert 0 <= examples['tokens'].min() and examples['tokens'].max() < 50
   # Some padding, and targets before it.
-  assert np.all(examples.tokens[:, -1] == 0) and np.all(np.any(examples.tokens[:, 1:] > 0, axis=1))
+  assert np.all(examples['tokens'][:, -1] == 0) and np.all(np.any(examples['tokens'][:, 1:] > 0, axis=1))

@@ -42,9 +42,9 @@ def _final(config, workdir, step=None):
   model = build.make_model(config, build.make_tokenizer(config).vocab_size)
   optimizer = make_optimizer(config.optimizer, config.train.steps)
   layout = Layout(make_mesh())
-  like = step_lib.init_state(
-    model, optimizer, layout, config.data.image_size, config.data.text_length, 0
-  )
+  shapes = build.make_transform(config, tokenizer=None).shapes
+  averaged = config.train.ema_decay is not None
+  like = step_lib.init_state(model, optimizer, layout, shapes, 0, averaged)
   checkpoints = Checkpoints(workdir / 'checkpoints')
   step = step or checkpoints.latest_step()
   state = checkpoints.restore(step, like)

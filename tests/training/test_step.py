@@ -14,10 +14,16 @@ from dpcap.training import step as step_lib
 from dpcap.training.mesh import Layout, make_mesh
 
 _BATCH, _EXPECTED, _CLIP, _SIGMA = 24, 20, 0.5, 0.7
+_SHAPES = {
+  'image': jax.ShapeDtypeStruct((4, 4, 3), np.uint8),
+  'tokens': jax.ShapeDtypeStruct((3,), np.int32),
+}
 
 
 class Tiny(nn.Module):
   """Loss of one example: a linear map from pixels to the first token."""
+
+  INPUTS = ('image', 'tokens')
 
   @nn.compact
   def __call__(self, image, tokens):
@@ -39,14 +45,14 @@ def _make(plan, clipping='auto', clip_function=privacy.Clip()):
   optimizer = optax.sgd(1.0)
   model = Tiny()
   layout = Layout(make_mesh())
-  state = step_lib.init_state(model, optimizer, layout, 4, 3, seed=0)
+  state = step_lib.init_state(model, optimizer, layout, _SHAPES, seed=0)
   step = step_lib.make_step(model, optimizer, plan, layout, clipping, clip_function)
   return step, jax.device_get(state)
 
 
 def _examples(rng, n=_BATCH):
   images = rng.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
-  return data.Examples(images, rng.integers(0, 5, (n, 3), dtype=np.int32))
+  return {'image': images, 'tokens': rng.integers(0, 5, (n, 3), dtype=np.int32)}
 
 
 def _accumulate(step, state, examples, mask, physical):
@@ -251,3 +257,40 @@ def test_noise_key_is_no_constant_of_the_compiled_program():
   keys = privacy.Keys((0x12345678, 0x1ABCDEF0), (1, 2))
   lowered = step.update.lower(state, step.zero(state.params), keys.noise_key(), ()).as_text()
   assert str(0x12345678) not in lowered and str(0x1ABCDEF0) not in lowered
+
+
+def test_views_of_a_record_are_one_gradient(rng):
+  """Their mean is clipped as a whole: what K views add is bounded as one view is."""
+  views = jax.tree.map(lambda x: x.reshape(_BATCH // 3, 3, *x.shape[1:]), _examples(rng))
+  mask, clip_norm = np.ones(_BATCH // 3, bool), 12.0
+  for clipping in privacy.CLIPPING_STRATEGIES:
+    step, state = _make(_plan(clip_norm=clip_norm), clipping)
+    accumulator = _accumulate(step, state, views, mask, 4)
+    assert 0 < accumulator.clipped < len(mask)
+    total = jax.tree.map(lambda p: np.zeros(p.shape), state.params)
+    loss_fn = step_lib.example_loss(Tiny(), state.frozen)
+    for i in range(len(mask)):
+      of_view = lambda j, i=i: jax.grad(loss_fn)(
+        state.params, jax.tree.map(lambda x: x[i, j], views)
+      )
+      mean = jax.tree.map(lambda *g: np.mean(np.float64(g), axis=0), *map(of_view, range(3)))
+      norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(mean)))
+      total = jax.tree.map(lambda t, g, c=min(1, clip_norm / norm): t + c * g, total, mean)
+    _close(_total(accumulator), total, 2e-4)
+
+
+def test_the_average_of_parameters_forgets_faster_early_on(rng):
+  layout, decay = Layout(make_mesh()), 0.5
+  plan = _plan(noise_multiplier=0.5)
+  optimizer = optax.sgd(1.0)
+  state = step_lib.init_state(Tiny(), optimizer, layout, _SHAPES, 0, averaged=True)
+  step = step_lib.make_step(Tiny(), optimizer, plan, layout, ema_decay=decay)
+  expected = jax.tree.map(np.float64, state.params)
+  for t in range(12):
+    accumulator = _accumulate(step, state, _examples(rng), np.ones(_BATCH, bool), 12)
+    state, *_ = step.update(state, accumulator, jax.random.key(t), ())
+    kept = min(decay, (1 + t) / (10 + t))
+    expected = jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, expected, state.params)
+    _close(state.average, expected)
+  assert any(np.any(a != p) for a, p in zip(*map(jax.tree.leaves, (state.average, state.params))))
+  assert state.variables['params'] is state.average

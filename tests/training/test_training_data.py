@@ -8,7 +8,7 @@ import types
 import pytest
 from PIL import Image
 
-from dpcap import data
+from dpcap import data, privacy
 from dpcap.data import contents
 from dpcap.training.training_data import TrainingData
 
@@ -26,13 +26,14 @@ def folder(root, numbers):
   return data.ImageFolder(str(root), 'all')
 
 
-def write_run(workdir, source, trained_on):
+def write_run(workdir, source, trained_on, **statement):
   """A workdir with the files that tell what it was trained on; returns its checkpoint."""
   checkpoint = workdir / 'checkpoints/10'
   (checkpoint / 'privacy').mkdir(parents=True)
   config = {'data': {'image_size': 16, 'source': source}}
   (workdir / 'config.json').write_text(json.dumps(config))
-  (checkpoint / 'privacy/metadata').write_text(json.dumps({'dataset_size': trained_on}))
+  statement = {'dataset_size': trained_on} | statement
+  (checkpoint / 'privacy/metadata').write_text(json.dumps(statement))
   return checkpoint
 
 
@@ -158,3 +159,49 @@ def test_training_data_are_opened_once_and_only_if_need_be(on_files, tmp_path, m
     root = tmp_path / f'x{numbers[0]}'
     assert not training_data.judge([folder(root, numbers)], None).uses_training_data
   assert len(opened) == 1
+
+
+def start(checkpoint, **statement):
+  """What a statement says of a run that started from there."""
+  carried = json.loads((checkpoint / 'privacy/metadata').read_text()) | statement
+  return privacy.make_start(str(checkpoint), ('all',), carried)
+
+
+SCENES = {'name': 'scenes', 'split': 'train', 'size': 400}
+GUARANTEE = {'private': True, 'epsilon': {'pld': 1.0}, 'delta': 1e-5}
+
+
+def test_the_data_of_the_start_count_as_well(on_files, tmp_path):
+  """However many runs lie between, and whether or not they had a guarantee."""
+  for number, statement in enumerate((GUARANTEE, {'private': False})):
+    init = start(on_files, **statement)
+    second = write_run(tmp_path / f'second{number}', SCENES, 400, init=init, **GUARANTEE)
+    third = write_run(tmp_path / f'third{number}', SCENES, 400, init=start(second), **GUARANTEE)
+    for checkpoint in (second, third):
+      assert judge(checkpoint, folder(tmp_path / 'x', [4])) == (True, False)
+      assert judge(checkpoint, folder(tmp_path / 'y', [9])) == (False, False)
+      assert judge(checkpoint, scenes('train', 9)) == (True, False)
+      assert judge(checkpoint, scenes('test', 9)) == (False, False)
+  shutil.rmtree(tmp_path / 'run')
+  assert judge(third, folder(tmp_path / 'y', [9])) == (True, False)
+  assert judge(third, folder(tmp_path / 'y', [9]), apart=True) == (False, True)
+
+
+def test_weights_from_elsewhere_may_have_seen_anything(tmp_path):
+  foreign = privacy.foreign_statement('base.pth', 'ab', None)
+  init = privacy.make_start(str(tmp_path / 'base.pth'), ('all',), foreign)
+  run = write_run(tmp_path / 'run', SCENES, 400, init=init)
+  assert judge(run, folder(tmp_path / 'y', [9])) == (True, False)
+  assert judge(run, folder(tmp_path / 'y', [9]), apart=True) == (False, True)
+
+
+def test_a_start_of_generated_data_alone_is_nobodys(on_files, tmp_path):
+  """Whether or not its run is still there."""
+  data_of = {'source': 'textures', 'generated': True}
+  first = write_run(tmp_path / 'first', {'name': 'textures'}, 9, private=False, data=data_of)
+  init = start(first)
+  shutil.rmtree(tmp_path / 'first')
+  files = {'name': 'image_folder', 'path': str(tmp_path / 'images'), 'split': 'all'}
+  run = write_run(tmp_path / 'second', files, 5, init=init)
+  assert judge(run, folder(tmp_path / 'y', [9])) == (False, False)
+  assert judge(run, folder(tmp_path / 'x', [4])) == (True, False)

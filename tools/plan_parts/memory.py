@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpcap import data, privacy
+from dpcap import privacy
 from dpcap.training import build
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer
@@ -64,8 +64,9 @@ def make_parts(
   model = build.make_model(config, vocab_size)
   layout = Layout(make_mesh(1, jax.devices()[:1]))
   optimizer = make_optimizer(config.optimizer, config.train.steps)
-  shape = (config.data.image_size, config.data.text_length)
-  init = functools.partial(init_state, model, optimizer, layout, *shape, seed=0)
+  averaged = config.train.ema_decay is not None
+  shapes = build.make_transform(config, tokenizer=None).shapes
+  init = functools.partial(init_state, model, optimizer, layout, shapes, 0, averaged)
   state = jax.eval_shape(init) if abstract else init()
   # N and sigma are numbers in the program, not shapes.
   private = config.privacy.epsilon != float('inf')
@@ -79,17 +80,16 @@ def make_parts(
     mechanism=config.privacy.mechanism if private else 'none',
   )
   make = functools.partial(make_step, model, optimizer, plan, layout)
-  return make(config.privacy.clipping, build.make_clip_function(config)), state
+  clip_function = build.make_clip_function(config)
+  return make(config.privacy.clipping, clip_function, config.train.ema_decay), state
 
 
 def chunk_shapes(config: ml_collections.ConfigDict) -> PyTree:
   """(examples, mask, live) that one row of the mesh gets at a time, as shapes."""
-  size, length = config.data.image_size, config.data.text_length
   lead = (1, config.mesh.batches_per_chunk, config.mesh.physical_batch)
   shape = jax.ShapeDtypeStruct
-  examples = data.Examples(
-    shape((*lead, size, size, 3), np.uint8), shape((*lead, length), np.int32)
-  )
+  fields = build.make_transform(config, tokenizer=None).shapes
+  examples = {name: shape(lead + field.shape, field.dtype) for name, field in fields.items()}
   return examples, shape(lead, np.bool_), shape((1,), np.int32)
 
 

@@ -9,6 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from dpcap.training import build
 from tools.plan_parts import memory
 from tools.plan_parts.machine import Machine
 
@@ -78,17 +79,12 @@ def assumed_throughput(
 def measured_throughput(config: ml_collections.ConfigDict, vocab_size: int) -> float:
   """Images per second of this machine's first device, on random examples; takes memory and time."""
   step, state = memory.make_parts(config, vocab_size, abstract=False)
-  rng = np.random.default_rng(0)
-
-  def fill(x: jax.ShapeDtypeStruct):
-    if x.dtype == np.bool_:
-      return np.ones(x.shape, bool)
-    high = 256 if x.dtype == np.uint8 else vocab_size
-    return rng.integers(0, high, x.shape, dtype=x.dtype)
-
   batches = config.mesh.batches_per_chunk
-  examples, mask, _ = jax.tree.map(fill, memory.chunk_shapes(config))
-  inputs = jax.device_put((examples, mask, np.array([batches], np.int32)), jax.devices()[0])
+  lead = (1, batches, config.mesh.physical_batch)
+  examples = build.synthetic_examples(config, vocab_size, math.prod(lead))
+  examples = {name: x.reshape(lead + x.shape[1:]) for name, x in examples.items()}
+  mask, live = np.ones(lead, bool), np.array([batches], np.int32)
+  inputs = jax.device_put((examples, mask, live), jax.devices()[0])
   seconds = []
   for _ in range(1 + _TIMED):  # the first one compiles
     accumulator = step.zero(state.params)

@@ -13,7 +13,6 @@ import ml_collections
 import optax
 
 from dpcap import config as config_lib
-from dpcap import models
 from dpcap.errors import UserError
 from dpcap.training import build
 from dpcap.training.mesh import Layout, make_mesh
@@ -65,9 +64,14 @@ def _is_public(record: dict[str, Any]) -> bool:
   return record.get('uses_training_data') is False and 'apart' in record
 
 
+def _name(run: Run) -> str:
+  m = run.config.model
+  return f'{m.name}, size {m.size}' if 'size' in m else m.name
+
+
 def _slots(run: Run) -> dict[str, str]:
   return {
-    'title': f'DP-Cap, size {run.config.model.size}, on {run.config.data.source.name}',
+    'title': f'{_name(run)} on {run.config.data.source.name}',
     'guarantee': _guarantee_badge(run),
     'lead': _what_was_trained(run),
     **_privacy(run.statement),
@@ -101,33 +105,31 @@ def _guarantee_badge(run: Run) -> str:
 
 def _what_was_trained(run: Run) -> str:
   c, s = run.config, run.statement
-  size = models.SIZES[c.model.size]
   source = c.data.source
   place = [source[key] for key in ('name', 'dataset', 'path', 'split') if source.get(key)]
   planned = '' if s['steps'] == c.train.steps else f' of {c.train.steps:,} planned'
   return (
-    f'An image captioner of size {c.model.size} ({_parameters(c)}a ViT encoder of {size.depth}'
-    f' layers and width {size.width}, a text decoder of {size.decoder_depth} layers and width'
-    f' {size.decoder_width}), trained {"with DP-SGD" if s["private"] else "without a guarantee"}'
-    f' on {s["dataset_size"]:,} image–text pairs ({escape(", ".join(place))}) at'
+    f'{_model(c)} trained {"with DP-SGD" if s["private"] else "without a guarantee"}'
+    f' on {s["dataset_size"]:,} records ({escape(", ".join(place))}; {s["unit"]} each) at'
     f' {c.data.image_size} × {c.data.image_size} pixels: {s["steps"]:,} steps{planned}, expected'
     f' batch {s["expected_batch_size"]:,}, sampling probability {s["sampling_probability"]:.4g},'
     f' {s["sampling_probability"] * s["steps"]:.3g} epochs in all.'
   )
 
 
-def _parameters(config: ml_collections.ConfigDict) -> str:
+def _model(config: ml_collections.ConfigDict) -> str:
+  """The model in words, and its parameters."""
+  about = build.make_model(config, vocab_size=1).about()
+  about = escape(about[0].upper() + about[1:])
   try:
     vocabulary = build.make_tokenizer(config).vocab_size
   except UserError:  # its file is on the machine that trained
-    return ''
-  model, c = build.make_model(config, vocabulary), config.data
-  layout = Layout(make_mesh())
-  init = functools.partial(
-    init_state, model, optax.identity(), layout, c.image_size, c.text_length, 0
-  )
+    return about
+  model = build.make_model(config, vocabulary)
+  shapes = build.make_transform(config, tokenizer=None).shapes
+  init = functools.partial(init_state, model, optax.identity(), Layout(make_mesh()), shapes, 0)
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(init).params))
-  return f'{count:,} parameters; '
+  return f'{about} of {count:,} parameters'
 
 
 def _privacy(s: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,78 @@
+"""A multi-layer perceptron, for images as small and plain as MNIST's."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpcap.key import Key
+from dpcap.models import classifier, keys
+from dpcap.models.precision import at_least_float32
+
+_ACTIVATIONS = {'relu': nn.relu, 'tanh': nn.tanh}
+
+
+class MLP(classifier.Classifier):
+  """Dense layers on all pixels. Its features are the last hidden layer.
+
+  How its parameters are clipped: matrices without per-example gradients, biases directly.
+  """
+
+  KIND = 'multi-layer perceptron'
+  KEYS = {
+    **classifier.KEYS,
+    'widths': Key(
+      tuple,
+      (256, 128),
+      'of the hidden layers',
+      check=(
+        lambda x: bool(x) and all(type(n) is int and n > 0 for n in x),
+        'one or more whole numbers above 0',
+      ),
+    ),
+    'activation': Key(
+      str, 'tanh', 'after every hidden layer; bounded ones suit clipping', tuple(_ACTIVATIONS)
+    ),
+  }
+
+  @classmethod
+  def make(
+    cls,
+    *,
+    image_size: int,
+    vocab_size: int,
+    remat: bool,
+    classes: int,
+    dtype: str,
+    widths: Sequence[int],
+    activation: str,
+  ) -> Self:
+    """See `dpcap.models.make_model`; images may have any size."""
+    del image_size, vocab_size
+    classifier.refuse_remat(remat)
+    keys.one_of('activation', activation, _ACTIVATIONS)
+    dtype = keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)]
+    return cls(HiddenLayers(tuple(widths), activation, dtype), classes, dtype=dtype)
+
+
+class HiddenLayers(nn.Module):
+  """Images (..., H, W, 3) -> float32 vectors (..., widths[-1]).
+
+  Attributes:
+    widths, activation: see `MLP`.
+    dtype: compute type.
+  """
+
+  widths: tuple[int, ...]
+  activation: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, image_HxWx3: jax.Array) -> jax.Array:
+    x_D = image_HxWx3.reshape(*image_HxWx3.shape[:-3], -1)
+    for i, width in enumerate(self.widths):
+      dense = nn.Dense(width, dtype=self.dtype, name=f'layer_{i}')
+      x_D = _ACTIVATIONS[self.activation](dense(x_D))
+    return at_least_float32(x_D)

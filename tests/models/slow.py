@@ -1,0 +1,45 @@
+"""Parts of transformers from their equations in float64, one token and one head at a time."""
+
+import math
+
+import numpy as np
+
+
+def slow_sincos(position, width):
+  angles = [position / 10000 ** (2 * i / width) for i in range(width // 2)]
+  return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+
+
+def slow_image_position(row, column, width):
+  return slow_sincos(column, width // 2) + slow_sincos(row, width // 2)
+
+
+def slow_norm(x, p, eps):
+  out = np.empty_like(x)
+  for t, row in enumerate(x):
+    variance = np.mean((row - row.mean()) ** 2)
+    out[t] = (row - row.mean()) / math.sqrt(variance + eps) * p['scale'] + p['bias']
+  return out
+
+
+def slow_dense(x, p):
+  return x @ p['kernel'] + p.get('bias', 0)
+
+
+def slow_attention(q, k, v, heads, causal):
+  size = q.shape[1] // heads
+  out = np.zeros_like(q)
+  for h in range(heads):
+    c = slice(h * size, (h + 1) * size)
+    for t in range(len(q)):
+      seen = t + 1 if causal else len(k)
+      scores = np.array([q[t, c] @ k[s, c] for s in range(seen)]) / math.sqrt(size)
+      weights = np.exp(scores - scores.max())
+      out[t, c] = (weights / weights.sum()) @ v[:seen, c]
+  return out
+
+
+def slow_mlp(x, p):
+  h = slow_dense(x, p['mlp_in'])
+  h = np.vectorize(lambda a: a * 0.5 * (1 + math.erf(a / math.sqrt(2))))(h)
+  return slow_dense(h, p['mlp_out'])
