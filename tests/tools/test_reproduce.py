@@ -83,7 +83,9 @@ def test_every_row_has_a_config_that_trains_and_one_that_evaluates(name, scale):
   rows = TABLES[name].rows(scale)
   assert len({(row.name, row.group) for row in rows}) == len(rows)
   for row in rows:
-    config_lib.validate(scales.load(scales.training_config(scale, row.run)))
+    # What is only accounted is so at full size.
+    trained_at = scale if row.evaluation else 'paper'
+    config_lib.validate(scales.load(scales.training_config(trained_at, row.run)))
     if row.evaluation:
       (config,) = scales.evaluation_configs(scale, row.run, [row.evaluation])
       config = scales.load(config)
@@ -145,6 +147,25 @@ def test_a_run_that_fails_loses_its_own_rows_only(tmp_path, started):
   assert made['findings'][0]['holds'] is None
   assert sum('evaluate' in command[2] for command in started.commands) == 3
   assert 'the disk is full' in (tmp_path / 'epsilon.md').read_text()
+
+
+def test_a_run_starts_from_its_stage_which_is_trained_first(tmp_path, started):
+  row = Row('x', 'dpcap:base,synthetic', 'count_linear_probe')
+  runs = study.Study('smoke', tmp_path)
+  runs.prepare([row])
+  stage, run, evaluation = started.commands
+  assert '--config=configs/scenes.py:smoke,textures,base' in stage
+  assert f'--config.train.init={runs.folder("textures:base")}' in run
+  assert runs.measure(row)['value'] == 0.6 and 'dpcap.evaluate' in evaluation
+
+
+def test_without_its_stage_a_run_is_not_started(tmp_path, started):
+  started.failing = 'textures'
+  row = Row('x', 'vip:base,synthetic', 'count_linear_probe')
+  runs = study.Study('smoke', tmp_path)
+  runs.prepare([row])
+  assert len(started.commands) == 1
+  assert 'textures:base, which it starts from: training ended' in runs.measure(row)['why']
 
 
 def test_epsilon_is_the_tightest_of_the_statement_none_without_privacy_and_0_without_training(
