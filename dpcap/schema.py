@@ -288,6 +288,10 @@ _FEATURES = Key(str, 'model', 'what the features are of', evals.FEATURES)
 _BATCH_SIZE = Key(int, 256, 'images at a time', check=POSITIVE)
 
 _OWN_KEYS = {
+  'accuracy': {
+    'source': SOURCES,
+    'batch_size': _BATCH_SIZE,
+  },
   'linear_probe': {
     **_PAIR,
     'features': _FEATURES,

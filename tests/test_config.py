@@ -90,6 +90,11 @@ def test_every_experiment_fits_the_schema(experiment):
     ('data.views', 0, ['data.views', '0', 'above 0']),
     ('model.name', 'perceptron', ['model.name', "'perceptron'", 'captioner']),
     ('model.classes', 10, ['model.classes', 'no key']),
+    (
+      'evals.own',
+      config_lib.evaluator_config('accuracy', source=tiny.get_config().data.source).to_dict(),
+      ['evals.own.name', "'accuracy'", 'logits', 'wide_resnet', "'captioner'"],
+    ),
     ('evals.probe', {'name': 'k_means'}, ['evals.probe.name', "'k_means'", 'linear_probe']),
   ],
 )

@@ -4,6 +4,7 @@ An evaluator takes a Subject and its own options and returns a Result; EVALUATOR
 """
 
 from dpcap.evals import (
+  accuracy,
   aro,
   captions,
   few_shot,
@@ -24,6 +25,7 @@ from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
 
 # name in the config -> function(subject, **options) -> Result
 EVALUATORS = {
+  'accuracy': accuracy.evaluate,
   'linear_probe': linear_probe.evaluate,
   'linear_probe_sgd': linear_probe_sgd.evaluate,
   'fine_tune': fine_tune.evaluate,
@@ -40,6 +42,7 @@ EVALUATORS = {
 
 # What an evaluator calls of the model beside its features.
 NEEDS = {
+  'accuracy': 'logits',
   'fine_tune': 'FEATURE_PARTS',
   'captions': 'start',
   'zero_shot': 'text_loss',

@@ -87,7 +87,8 @@ def start_from(path: str, parts: Sequence[str], state: TrainState) -> Start:
 
   state = state._replace(params=new['params'], frozen=new['frozen'])
   if state.average is not None:
-    state = state._replace(average=jax.tree.map(_place, new['params'], state.average))
+    layout = jax.tree.map(lambda x: x.sharding, state.average)
+    state = state._replace(average=jax.jit(lambda x: x, out_shardings=layout)(new['params']))
   record = privacy.make_start(weights.path, parts, weights.statement)
   count = sum(int(np.prod(x.shape)) for name, x in shapes.items() if _module(name) in taken)
   left = [name for name in modules if name not in taken]
