@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpcap.errors import UserError
-from dpcap.models import MAE, SIZES, unstack_blocks
+from dpcap.models import MAE, SIZES, Captioner, unstack_blocks
 from dpcap.models.mae import mask_noise
 from tests.models.slow import (
   slow_attention,
@@ -264,3 +264,23 @@ def test_initial_values(images):
     assert not np.any(params[part]['positions'][0])
   tokens = np.concatenate([params['encoder']['class_token'], params['decoder']['mask_token']])
   assert 0.015 < np.std(tokens) < 0.025
+
+
+def test_the_captioners_encoder_is_the_same_to_the_last_number(images):
+  """Trained as an autoencoder, it is what a captioner can start from."""
+  shape = {name: x for name, x in SHAPE.items() if name != 'mask_ratio'}
+  captioner = Captioner(vocab_size=7, **shape)
+  mae = MAE(**SHAPE, encoder_of='captioner')
+  tokens = np.ones((3, 4), np.int32)
+  theirs = jax.jit(captioner.init)(jax.random.key(0), images, tokens)
+  ours = jax.jit(mae.init)(jax.random.key(1), images, KEYS)
+  for collection in ('params', 'frozen'):
+    encoders = [variables[collection]['encoder'] for variables in (ours, theirs)]
+    assert jax.tree.map(jnp.shape, encoders[0]) == jax.tree.map(jnp.shape, encoders[1])
+    ours[collection] |= {'encoder': encoders[1]}
+  tokens = [
+    jax.jit(model.apply, static_argnames='method')(variables, images, method='encode')
+    for model, variables in ((mae, ours), (captioner, theirs))
+  ]
+  np.testing.assert_allclose(*tokens, rtol=0, atol=1e-6)
+  assert np.isfinite(jax.jit(mae.apply)(ours, images, KEYS)).all()
