@@ -130,6 +130,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _check_named(tree['data']['source'], SOURCES, 'data.source', 'name')
   for name, entry in tree['evals'].items():
     _check_named(entry, EVALUATORS, f'evals.{name}', 'name')
+    if 'layers' in entry:
+      evals.choose_features(
+        f'evals.{name}',
+        models.MODELS[tree['model']['name']],
+        entry.get('features', 'model'),
+        entry['layers'],
+      )
     if entry['name'] == 'captions':
       _check_caption_method(name, entry)
   p = tree['privacy']
