@@ -22,7 +22,8 @@ from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
 from dpcap.evals.subject import Subject
 
-FEATURES = ('model', 'untrained', 'pixels')
+_OF_MODELS = ('model', 'untrained')
+FEATURES = (*_OF_MODELS, 'pixels')
 _BATCHES_PER_FILE = 64
 
 
@@ -31,7 +32,7 @@ class Choice(NamedTuple):
 
   Attributes:
     features: one of FEATURES.
-    layers: one of the model's own FEATURES; None of pixels.
+    layers: one of the model's own FEATURES; None of what is not of a model.
   """
 
   features: str
@@ -66,11 +67,13 @@ def choose(
     layers: one of the model's own; None: its first.
 
   Raises:
-    UserError: if the model has no such features, or layers of pixels are asked for.
+    UserError: if the model has no such features, or layers of what is not of a model are asked for.
   """
-  if features == 'pixels':
+  if features not in _OF_MODELS:
     if layers is not None:
-      raise UserError(f'{evaluator}: layers is {layers!r}; features=pixels has none, leave it None')
+      raise UserError(
+        f'{evaluator}: layers is {layers!r}; features={features} has none, leave it None'
+      )
     return Choice(features, None)
   if layers is not None and layers not in model.FEATURES:
     name = (model if isinstance(model, type) else type(model)).__name__

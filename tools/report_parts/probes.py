@@ -10,12 +10,12 @@ from tools.report_parts.run import Run
 def comparable(run: Run) -> list[list[dict[str, Any]]]:
   """The probes of a run in groups with the same train and test sources, and layers of a model.
 
-  Pixels have no layers and are in each. The model's own features come first in a group, then the
+  What is not of a model (pixels) is in each. The model's own features come first in a group, then the
   best.
   """
   records = [record for record in run.evals.values() if is_probe(record)]
   sources = lambda record: json.dumps([record['options']['train'], record['options']['test']])
-  of_models = [record for record in records if record['features'] != 'pixels']
+  of_models = [record for record in records if record['features'] in ('model', 'untrained')]
   groups = dict.fromkeys((sources(record), record.get('layers')) for record in of_models)
   compared = {source for source, _ in groups}
   groups |= {(sources(record), None): None for record in records if sources(record) not in compared}
@@ -26,7 +26,7 @@ def comparable(run: Run) -> list[list[dict[str, Any]]]:
         record
         for record in records
         if sources(record) == source
-        and (record['features'] == 'pixels' or record.get('layers') == layers)
+        and (record not in of_models or record.get('layers') == layers)
       ),
       key=order,
     )
