@@ -178,6 +178,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f'evals.{name}.name is {entry["name"]!r}, which asks the model for its {need}; it goes with'
         f' model.name {", ".join(able)}, this one is {tree["model"]["name"]!r}'
       )
+    if 'layers' in entry:
+      evals.choose_features(
+        f'evals.{name}',
+        models.MODELS[tree['model']['name']],
+        entry.get('features', 'model'),
+        entry['layers'],
+      )
     if entry['name'] == 'captions':
       _check_options(entry, f'evals.{name}', 'method', evals.CAPTION_METHODS)
   p = tree['privacy']

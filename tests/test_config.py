@@ -112,6 +112,24 @@ def test_bad_values_are_refused(path, value, parts):
   assert '\n' not in str(e.value)
 
 
+def test_layers_that_the_model_has_not_are_refused():
+  scenes = config_lib.source_config('scenes')
+  sources = dict(train=scenes, test=scenes)
+  for name, options in (
+    ('knn', {}),
+    ('linear_probe_sgd', {}),
+    ('linear_probe', dict(features='pixels')),
+  ):
+    config = tiny.get_config()
+    entry = config_lib.evaluator_config(name, **sources, **options, layers='blocks')
+    config.evals = {'mine': entry}
+    said = 'pixels has none' if options else 'those of the Captioner are memory, encoder'
+    with pytest.raises(UserError, match=f"evals.mine: layers is 'blocks'; .*{said}"):
+      config_lib.validate(config)
+    config.evals.mine.layers = None if options else 'all_blocks'
+    config_lib.validate(config)
+
+
 def test_missing_key_is_named():
   config = tiny.get_config().to_dict()
   del config['train']['steps']

@@ -19,6 +19,7 @@ from dpcap.evals import (
 from dpcap.evals.aro import SCENES_TESTS as ARO_SCENES_TESTS
 from dpcap.evals.decoding import METHODS as CAPTION_METHODS
 from dpcap.evals.features import FEATURES
+from dpcap.evals.features import choose as choose_features
 from dpcap.evals.linear_probe_sgd import OPTIMIZERS as PROBE_OPTIMIZERS
 from dpcap.evals.subject import Result, Subject
 from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
@@ -61,4 +62,5 @@ __all__ = [
   'Result',
   'Subject',
   'ZERO_SHOT_METHODS',
+  'choose_features',
 ]

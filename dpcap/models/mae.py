@@ -215,14 +215,17 @@ class MAE(nn.Module):
     return order_P[..., :kept], jnp.argsort(order_P, axis=-1)
 
   def features(self, image_HxWx3: jax.Array, of: str = FEATURES[0]) -> jax.Array:
-    """Image features for probing (..., D), nothing masked; the class token takes no part.
+    """Image features for probing, (..., D), at least float32; nothing is masked.
 
-    'encoder' is the mean over patches of the encoder's output; 'all_blocks' has that of every block
-    side by side, before the last LayerNorm, as ViP's linear probe takes it.
+    Args:
+      image_HxWx3: (..., H, W, 3).
+      of: the mean over the patches of the 'encoder', after its last LayerNorm; or 'all_blocks': that
+        after every block, side by side, as ViP probes. The class token takes no part.
     """
     if of == 'all_blocks':
       return self.encoder(image_HxWx3, block_means=True)
-    return jnp.mean(at_least_float32(self.encode(image_HxWx3)[..., 1:, :]), axis=-2)
+    tokens = {'encoder': self.encode}[of]
+    return jnp.mean(at_least_float32(tokens(image_HxWx3)[..., 1:, :]), axis=-2)
 
 
 class MaskedEncoder(nn.Module):

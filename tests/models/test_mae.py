@@ -8,13 +8,7 @@ import pytest
 from dpcap.errors import UserError
 from dpcap.models import MAE, SIZES, Captioner, unstack_blocks
 from dpcap.models.mae import mask_noise
-from tests.models.slow import (
-  slow_attention,
-  slow_dense,
-  slow_image_position,
-  slow_mlp,
-  slow_norm,
-)
+from tests.models.slow import slow_blocks, slow_dense, slow_image_position
 
 SHAPE = dict(
   patch_size=4,
@@ -66,7 +60,7 @@ run = jax.jit(outputs, static_argnums=0)
 loss = jax.jit(MODEL.apply)
 
 
-# --- Agreement with a version written from the papers, one token at a time, for each of the removed.
+# --- Agreement with a version written from the papers, one patch and one token at a time.
 
 
 def slow_patches(image):
@@ -77,19 +71,6 @@ def slow_patches(image):
     for r in range(rows)
     for c in range(columns)
   ]
-
-
-def slow_blocks(x, params, heads):
-  """What comes out of every block, and the last of it after the norm."""
-  outs = []
-  for i in range(sum(name.startswith('block_') for name in params)):
-    b = params[f'block_{i}']
-    qkv = slow_dense(slow_norm(x, b['attention_norm'], 1e-6), b['attention_qkv'])
-    h = slow_attention(*np.split(qkv, 3, axis=1), heads, causal=False)
-    x = x + slow_dense(h, b['attention_out'])
-    x = x + slow_mlp(slow_norm(x, b['mlp_norm'], 1e-6), b)
-    outs.append(x)
-  return outs, slow_norm(x, params['norm'], 1e-6)
 
 
 def slow_encoder(image, p, positions, kept):
