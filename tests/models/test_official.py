@@ -8,7 +8,7 @@ import pytest
 
 from dpcap import models
 from dpcap.errors import UserError
-from dpcap.models import official
+from dpcap.models import official, reference_weights
 from dpcap.models.reference_names.captioner import UNUSED
 from dpcap.models.sizes import SIZES
 from dpcap.models.weight_files import save_weights
@@ -83,6 +83,17 @@ def test_what_is_exported_is_all_that_the_reference_has(arrays):
   assert all(x.dtype == np.float32 for x in arrays.values())
   for name in UNUSED:
     assert not arrays[name].any()
+
+
+@pytest.mark.parametrize('size, count', [('nano', 20_906_106), ('large', 407_807_802)])
+def test_as_many_numbers_are_exported_as_the_reference_has(size, count):
+  """Sander et al.'s models count so many, frozen ones included, at text length 40."""
+  model = models.make_model('captioner', size=size, image_size=224, vocab_size=30_522)
+  inputs = np.zeros((224, 224, 3)), np.zeros(40, int)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  variables = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+  arrays = reference_weights.state_dict(variables, model, 224, 40)
+  assert sum(x.size for x in arrays.values()) == count
 
 
 def test_a_checkpoint_of_another_model_is_not_exported(variables):
