@@ -214,7 +214,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f'train.evaluate_at holds {step}; steps must not exceed train.steps, {t["steps"]}'
       )
   if t['init'] is None and tuple(t['init_parts']) != ('all',):
-    raise UserError(f'train.init_parts is {t["init_parts"]}; it goes with train.init, which is None')
+    raise UserError(
+      f'train.init_parts is {t["init_parts"]}; it goes with train.init, which is None'
+    )
   if t['evaluate_at'] and not tree['evals']:
     raise UserError('train.evaluate_at is set, but the config has no evals')
   try:

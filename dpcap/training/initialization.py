@@ -1,8 +1,8 @@
 """Where a run's parameters begin: `train.init` names weights to start from.
 
 They are a checkpoint of this project, whatever model it is of, or an official file. All of them are
-taken, or some top-level modules, as the encoder of a model that was trained in another way. Names and
-shapes must be the same; the optimizer starts fresh.
+taken, or some top-level modules, as the encoder of a model that was trained in another way. Names
+and shapes must be the same; the optimizer starts fresh.
 """
 
 import pathlib
