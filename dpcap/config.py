@@ -178,6 +178,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f'evals.{name}.name is {entry["name"]!r}, which asks the model for its {need}; it goes with'
         f' model.name {", ".join(able)}, this one is {tree["model"]["name"]!r}'
       )
+    if 'layers' in entry:
+      evals.choose_features(
+        f'evals.{name}',
+        models.MODELS[tree['model']['name']],
+        entry.get('features', 'model'),
+        entry['layers'],
+      )
     if entry['name'] == 'captions':
       _check_options(entry, f'evals.{name}', 'method', evals.CAPTION_METHODS)
   p = tree['privacy']
@@ -207,7 +214,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f'train.evaluate_at holds {step}; steps must not exceed train.steps, {t["steps"]}'
       )
   if t['init'] is None and tuple(t['init_parts']) != ('all',):
-    raise UserError(f'train.init_parts is {t["init_parts"]}; it goes with train.init, which is None')
+    raise UserError(
+      f'train.init_parts is {t["init_parts"]}; it goes with train.init, which is None'
+    )
   if t['evaluate_at'] and not tree['evals']:
     raise UserError('train.evaluate_at is set, but the config has no evals')
   try:

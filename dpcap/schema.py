@@ -284,17 +284,31 @@ _TEMPLATES = (
 
 # What evaluators of features share.
 _PAIR = {'train': SOURCES, 'test': SOURCES}
-_FEATURES = Key(str, 'model', 'what the features are of', evals.FEATURES)
+_LAYERS = Key(
+  str,
+  None,
+  "which of the model's features, as its class lists them under FEATURES; None: the first",
+  optional=True,
+)
+_FEATURES = {
+  'features': Key(str, 'model', 'what the features are of', evals.FEATURES),
+  'layers': _LAYERS,
+}
 _BATCH_SIZE = Key(int, 256, 'images at a time', check=POSITIVE)
 
 _OWN_KEYS = {
+  'accuracy': {
+    'source': SOURCES,
+    'batch_size': _BATCH_SIZE,
+  },
   'linear_probe': {
     **_PAIR,
-    'features': _FEATURES,
+    **_FEATURES,
     'batch_size': _BATCH_SIZE,
   },
   'linear_probe_sgd': {
     **_PAIR,
+    'layers': _LAYERS,
     'optimizer': Key(str, 'lars', 'momentum 0.9, no weight decay', evals.PROBE_OPTIMIZERS),
     'epochs': Key(int, 90, 'passes over the training images', check=POSITIVE),
     'warmup_epochs': Key(int, 10, 'of these', check=NOT_NEGATIVE),
@@ -329,7 +343,7 @@ _OWN_KEYS = {
   },
   'private_probe': {
     **_PAIR,
-    'features': _FEATURES,
+    **_FEATURES,
     'epsilon': Key(float, 1.0, 'of the probe, for its training images', check=POSITIVE),
     'delta': Key(float, None, 'None: 1 / N', check=FRACTION, optional=True),
     'clip_norm': Key(float, 1.0, "of an example's gradient", check=POSITIVE),
@@ -340,20 +354,20 @@ _OWN_KEYS = {
   },
   'few_shot': {
     **_PAIR,
-    'features': _FEATURES,
+    **_FEATURES,
     'shots': Key(tuple, (1, 2, 5, 10), 'images per class', check=_COUNTS),
     'draws': Key(int, 5, 'how many times the images are drawn', check=POSITIVE),
     'batch_size': _BATCH_SIZE,
   },
   'knn': {
     **_PAIR,
-    'features': _FEATURES,
+    **_FEATURES,
     'k': Key(int, 20, 'how many neighbours vote', check=POSITIVE),
     'batch_size': _BATCH_SIZE,
   },
   'retrieval': {
     'source': SOURCES,
-    'features': _FEATURES,
+    **_FEATURES,
     'at': Key(tuple, (1, 5, 10), 'numbers of neighbours', check=_COUNTS),
     'batch_size': _BATCH_SIZE,
   },

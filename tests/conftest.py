@@ -45,6 +45,7 @@ _LONG = {
   'test_bench_clipping',
   'test_blocks',
   'test_captioner',
+  'test_classifiers',
   'test_clipping',
   'test_command_line',
   'test_compilation_cache',

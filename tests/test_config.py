@@ -99,6 +99,11 @@ def test_every_experiment_fits_the_schema(experiment):
     ('data.views', 0, ['data.views', '0', 'above 0']),
     ('model.name', 'perceptron', ['model.name', "'perceptron'", 'captioner']),
     ('model.classes', 10, ['model.classes', 'no key']),
+    (
+      'evals.own',
+      config_lib.evaluator_config('accuracy', source=tiny.get_config().data.source).to_dict(),
+      ['evals.own.name', "'accuracy'", 'logits', 'wide_resnet', "'captioner'"],
+    ),
     ('evals.probe', {'name': 'k_means'}, ['evals.probe.name', "'k_means'", 'linear_probe']),
   ],
 )
@@ -114,6 +119,24 @@ def test_bad_values_are_refused(path, value, parts):
   for part in parts:
     assert part in str(e.value)
   assert '\n' not in str(e.value)
+
+
+def test_layers_that_the_model_has_not_are_refused():
+  scenes = config_lib.source_config('scenes')
+  sources = dict(train=scenes, test=scenes)
+  for name, options in (
+    ('knn', {}),
+    ('linear_probe_sgd', {}),
+    ('linear_probe', dict(features='pixels')),
+  ):
+    config = tiny.get_config()
+    entry = config_lib.evaluator_config(name, **sources, **options, layers='blocks')
+    config.evals = {'mine': entry}
+    said = 'pixels has none' if options else 'those of the Captioner are memory, encoder'
+    with pytest.raises(UserError, match=f"evals.mine: layers is 'blocks'; .*{said}"):
+      config_lib.validate(config)
+    config.evals.mine.layers = None if options else 'all_blocks'
+    config_lib.validate(config)
 
 
 def test_missing_key_is_named():

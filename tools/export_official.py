@@ -2,12 +2,16 @@
 
     python -m tools.export_official CHECKPOINT OUT.safetensors
 
-CHECKPOINT is a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP, of a captioner or an MAE;
-which model it is of is read from WORKDIR/config.json. OUT holds what the reference model's
+CHECKPOINT is a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP, of a captioner or an
+MAE; which one is read from WORKDIR/config.json. OUT holds what the reference model's
 `load_state_dict(strict=True)` asks for, under its names: all that is trained and the frozen tensors
 that are used, bit for bit as the checkpoint has them; position embeddings, which we compute; and
-what DP-Cap never uses as zeros. In PyTorch: `model.load_state_dict(safetensors.torch.load_file('OUT.safetensors'))`, where the model
-was made with `text_max_length` = data.text_length. tools.import_official reads it back exactly.
+what DP-Cap never uses as zeros. In PyTorch, with a captioner made with `text_max_length` =
+data.text_length:
+
+    model.load_state_dict(safetensors.torch.load_file('OUT.safetensors'))
+
+tools.import_official reads it back exactly.
 
 Prints one JSON line: {"model", "arrays", "bytes", "sha256"}. Exits 2 if CHECKPOINT or OUT is
 refused.

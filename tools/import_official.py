@@ -4,15 +4,15 @@
 
 FILE is a .safetensors, an .npz or a .pth (for which torch must be installed) of
 facebookresearch/dpcap or, encoder and decoder, of facebookresearch/ViP-MAE; its weights stand in an
-entry "model" or bare. Which model it is for is told by the names and shapes in it. OUT becomes a workdir without a run: config.json, privacy.json and
-checkpoints/0, so that
+entry "model" or bare. Which model it is for is told by the names and shapes in it. OUT becomes a
+workdir without a run: config.json, privacy.json and checkpoints/0, so that
 
     python -m dpcap.evaluate --config=... --workdir=DIR --config.checkpoint=OUT
 
-evaluates it. The statement says that nothing is vouched for, the file's SHA-256, and what a publisher
-claims of a file of that name. Every array must be there, under its name and of its shape; position
-embeddings must be those that our model computes (of an MAE they may have been trained: then they
-are parameters); what DP-Cap never uses is left out.
+evaluates it. The statement says that nothing is vouched for, the file's SHA-256, and what a
+publisher claims of a file of that name. Every array must be there, under its name and of its shape;
+position embeddings must be those that our model computes (of an MAE they may have been trained:
+then they are parameters); what DP-Cap never uses is left out.
 
 Prints one JSON line: {"model": {...}, "image_size", "text_length", "vocab_size", "parameters",
 "sha256", "checkpoint"}: what the config of an evaluation must have; null where the model reads no

@@ -31,7 +31,7 @@ import numpy as np
 
 # Enough for pictures with the same header to differ, and no more than one read of a disk.
 HEAD = 4096
-# Kinds of sources whose records are drawn.
+# Kinds whose records are functions of their index: they come from no data, and none is anybody's.
 GENERATED = ('scenes', 'textures')
 # Storage sets the pace. More tables at a time would fill the memory.
 _THREADS = 16
@@ -135,8 +135,6 @@ class PreparedRecords:
 
 
 Contents = Drawn | ImageFiles | PreparedRecords
-
-# Kinds whose records are functions of their index: they come from no data, and none is anybody's.
 
 
 def compare(a: Contents, b: Contents) -> Relation:

@@ -44,10 +44,10 @@ def _wavy(u, v, knobs, time):
 
 def _warped(u, v, knobs, time):
   a, b, c, d = knobs
-  noise = _noises()
-  index = _table_index(u * (0.4 + b), v * (0.4 + b), c + time, d, _NOISE_SIDE)
   depth = 0.05 + 0.12 * a
-  return u + depth * noise['smooth'].take(index), v + depth * noise['other'].take(index)
+  right = _look_up('smooth', u * (0.4 + b), v * (0.4 + b), c + time, d)
+  down = _look_up('smooth', v * (0.4 + b), u * (0.4 + b), d, c - time)
+  return u + depth * right, v + depth * down
 
 
 def _swirled(u, v, knobs, time):
@@ -104,9 +104,9 @@ def _bulging(u, v, knobs, time):
 
 def _shattered(u, v, knobs, time):
   a, b, c, _ = knobs
-  scale = 0.2 + 0.5 * a
-  index = _table_index(u * scale, v * scale, b, c, _CELLS_SIDE)
-  turn = _cells()['tones'].take(index) * TAU
+  scale = 0.3 + 0.5 * a
+  turn = _look_up('tones', u * scale, v * scale, b, c)
+  turn *= TAU
   sin, cos = np.sin(turn), np.cos(turn)
   return cos * u - sin * v, sin * u + cos * v + turn
 
@@ -140,7 +140,7 @@ def _triangle(turns):
 
 
 def _staggered(u, v):
-  """Where in cells of side 1, from their centres, and in which row; every other is half a cell on."""
+  """Places in cells of side 1, from their centres, and rows, every other shifted by half a cell."""
   row = np.floor(v)
   u = u + row * 0.5
   u -= np.floor(u)
@@ -230,12 +230,12 @@ def _scales(u, v, knobs, time):
 def _clouds(u, v, knobs, time):
   a, b, c, _ = knobs
   name = ('smooth', 'rough', 'rougher')[int(3 * a)]
-  return _noises()[name].take(_table_index(u * 0.25, v * 0.25, b + time, c, _NOISE_SIDE))
+  return _look_up(name, u * 0.25, v * 0.25, b + time, c)
 
 
 def _marble(u, v, knobs, time):
   a, b, c, _ = knobs
-  noise = _noises()['rough'].take(_table_index(u * 0.2, v * 0.2, b, c, _NOISE_SIDE))
+  noise = _look_up('rough', u * 0.2, v * 0.2, b, c)
   noise *= 0.3 + 0.5 * a
   noise += u + time
   return wave(noise)
@@ -244,13 +244,12 @@ def _marble(u, v, knobs, time):
 def _fibers(u, v, knobs, time):
   a, b, *_ = knobs
   stretch = 0.02 + 0.04 * a
-  return _noises()['rough'].take(_table_index(u * 0.3, v * stretch, b + time, 0, _NOISE_SIDE))
+  return _look_up('rough', u * 0.3, v * stretch, b + time, 0)
 
 
 def _cell_pattern(u, v, knobs, time, *, table):
   a, b, *_ = knobs
-  index = _table_index(u * (1 / _POINTS), v * (1 / _POINTS), a + time, b, _CELLS_SIDE)
-  return _cells()[table].take(index)
+  return _look_up(table, u * (1 / _POINTS), v * (1 / _POINTS), a + time, b)
 
 
 PATTERNS = {
@@ -278,70 +277,78 @@ PATTERNS = {
 
 # --- tables -----------------------------------------------------------------------------
 
-_NOISE_SIDE = 512  # powers of two
-_CELLS_SIDE = 1024  # finer, for edges must stay sharp in a large cell
-_POINTS = 8  # cells along a side
+_SIDE = 1024  # of the tables, a power of two
+_POINTS = 6  # cells along a side
 
 
-def _table_index(u, v, u_start, v_start, side):
-  """Where coordinates, in sides of a table from a start in it, lie in the flat table."""
-  index = v * side
+def _look_up(name, u, v, u_start, v_start):
+  """Values (H, W) of a table that tiles the plane, at coordinates in its sides from a start in it.
+
+  They are of the level that has two to four texels a pixel: from afar they look smooth, and what is
+  read fits the processor's cache.
+  """
+  levels = _tables()[name]
+  step = sum(float(np.abs(np.diff(along[::16], axis=1)).mean()) for along in (u, v))
+  level = levels[min(int(math.log2(max(step * _SIDE / 2, 1))), len(levels) - 1)]
+  side = len(level)
+  index, column = v * side, u * side
   index += (v_start + 64) * side  # above 0, where the cast rounds down
-  index = index.astype(np.int32)
-  index &= side - 1
-  index *= side
-  column = u * side
   column += (u_start + 64) * side
-  column = column.astype(np.int32)
+  index, column = index.astype(np.int32), column.astype(np.int32)
+  index &= side - 1
   column &= side - 1
+  index *= side
   index += column
-  return index.astype(np.intp)
+  return level.take(index.astype(np.intp), mode='wrap')  # 'raise' would look at all of them first
 
 
 @functools.cache
-def _noises() -> dict[str, np.ndarray]:
-  """Name -> noise (_NOISE_SIDE**2,), float32, of mean 0 and deviation 1."""
+def _tables() -> dict[str, list[np.ndarray]]:
+  """Name -> levels (S, S), float32: S is _SIDE, and half as much from level to level."""
   rng = np.random.Generator(np.random.Philox(key=0x7AB1E5))
-  slopes = {'smooth': 3, 'other': 3, 'rough': 2, 'rougher': 1.4}
-  return {name: _noise(slope, rng).ravel() for name, slope in slopes.items()}
+  slopes = {'smooth': 3, 'rough': 2, 'rougher': 1.4}
+  tables = {name: _make_noise(slope, rng) for name, slope in slopes.items()} | _make_cells(rng)
+  return {name: list(_levels(table.astype(np.float32))) for name, table in tables.items()}
 
 
-def _noise(slope: float, rng) -> np.ndarray:
-  """Noise whose amplitudes fall with the frequency to the power of `slope`."""
-  shape = (_NOISE_SIDE, _NOISE_SIDE)
-  down, right = np.fft.fftfreq(shape[0]) * shape[0], np.fft.rfftfreq(shape[1]) * shape[1]
+def _levels(table):
+  while len(table) >= 32:
+    yield table
+    table = table.reshape(len(table) // 2, 2, len(table) // 2, 2).mean((1, 3))
+
+
+def _make_noise(slope: float, rng) -> np.ndarray:
+  """Noise (_SIDE, _SIDE) whose amplitudes fall with the frequency to the power of `slope`."""
+  down, right = np.fft.fftfreq(_SIDE) * _SIDE, np.fft.rfftfreq(_SIDE) * _SIDE
   # Flat below 2 waves a side: of the longest there are too few to differ from place to place.
   frequency = np.sqrt(down[:, None] ** 2 + right**2 + 4)
-  noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) / frequency**slope, shape)
-  return ((noise - noise.mean()) / noise.std()).astype(np.float32)
+  waves = np.fft.rfft2(rng.standard_normal((_SIDE, _SIDE))) / frequency**slope
+  noise = np.fft.irfft2(waves, (_SIDE, _SIDE))
+  return (noise - noise.mean()) / noise.std()
 
 
-@functools.cache
-def _cells() -> dict[str, np.ndarray]:
-  """Name -> values (_CELLS_SIDE**2,), float32: what lies around scattered points.
+def _make_cells(rng) -> dict[str, np.ndarray]:
+  """What lies around scattered points, (_SIDE, _SIDE) each.
 
   'cells' are high near a point, 'cracks' where the two nearest are as near; 'tones' are a random
   number of the nearest, and 'patches' are tones that are not quite even.
   """
-  rng = np.random.Generator(np.random.Philox(key=0xCE115))
   points, tones = rng.random((2, _POINTS, _POINTS)), rng.random((_POINTS, _POINTS))
-  place = ((np.arange(_CELLS_SIDE) + 0.5) * (_POINTS / _CELLS_SIDE)).astype(np.float32)
+  place = (np.arange(_SIDE) + 0.5) * (_POINTS / _SIDE)
   cell = np.floor(place).astype(int)
-  nearest = np.full((_CELLS_SIDE, _CELLS_SIDE), np.inf, np.float32)
-  second, tone = nearest.copy(), np.zeros_like(nearest)
+  nearest = second = np.full((_SIDE, _SIDE), np.inf, np.float32)
+  tone = np.zeros_like(nearest)
   for down, right in itertools.product((-1, 0, 1), repeat=2):
     at = np.ix_((cell + down) % _POINTS, (cell + right) % _POINTS)
-    y = ((cell + down)[:, None] + points[0][at] - place[:, None]).astype(np.float32)
-    x = (cell + right + points[1][at] - place).astype(np.float32)
-    distance = np.hypot(x, y)
-    closer = distance < nearest
-    second = np.minimum(second, np.where(closer, nearest, distance))
-    tone[closer] = tones[at][closer]
-    nearest = np.minimum(nearest, distance)
-  tables = {
+    y = (cell + down - place)[:, None] + points[0][at]
+    x = cell + right - place + points[1][at]
+    distance = np.hypot(x.astype(np.float32), y.astype(np.float32))
+    tone = np.where(distance < nearest, tones[at], tone)
+    second = np.minimum(second, np.maximum(distance, nearest))
+    nearest = np.minimum(distance, nearest)
+  return {
     'cells': 1 - 2 * nearest,
     'cracks': 1 - 2 * np.sqrt(second - nearest),
     'tones': tone,
     'patches': tone - 0.2 * nearest,
   }
-  return {name: table.astype(np.float32).ravel() for name, table in tables.items()}

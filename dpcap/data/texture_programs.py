@@ -41,8 +41,9 @@ _USUAL = ('medium', 'smooth')  # not worth a word
 
 # Of periods of a pattern along a side of the image: each octave is as likely, as in photographs.
 _CYCLES = (1.5, 24.0)
-_SMALLEST = 128  # pixels a side that fine patterns need
+_SMALLEST = 100  # pixels a side that fine patterns need
 _SHADES = 512  # entries of a colour table
+_THERE_AND_BACK = 1 - np.abs(np.linspace(-1, 1, _SHADES, endpoint=False, dtype=np.float32))
 _PAIRS = tuple(
   (a, b)
   for a, b in itertools.permutations(COLORS, 2)
@@ -127,7 +128,7 @@ class View(NamedTuple):
 def draw_program(rng: np.random.Generator) -> Program:
   """A random program."""
   knob = iter(rng.random(128).tolist()).__next__
-  layers = tuple(_draw_layer(knob) for _ in range(1 if knob() < 0.3 else 2))
+  layers = tuple(_draw_layer(knob) for _ in range(1 if knob() < 0.4 else 2))
   layout = _draw_step(knob, LAYOUTS)
   return Program(layers, layout, _draw_step(knob, (RELIEF,)) if knob() < 0.4 else None)
 
@@ -205,12 +206,12 @@ def render(program: Program, view: View, size: int) -> np.ndarray:
       plane += below
   light = view.light[0] * axis + (1 + view.light[1] * axis)[:, None]
   if program.relief:
-    light += _relief(program.relief, field)
+    light[1:, 1:] += _relief(program.relief, field)
   for plane in planes:
     plane *= light
-    np.clip(plane, 0, 255, out=plane)
+    np.minimum(plane, 255, out=plane)
   if factor > 1:
-    planes = [plane.reshape(size, factor, size, factor).mean((1, 3)) for plane in planes]
+    planes = [_shrunk(plane, factor) for plane in planes]
   return np.stack([plane.astype(np.uint8) for plane in planes], axis=-1)
 
 
@@ -232,7 +233,7 @@ def _field(layer: Layer, view: View, axis) -> np.ndarray:
 
 
 def _color(layer: Layer, field) -> list[np.ndarray]:
-  """Red, green and blue (size, size), float32 in about [0, 255]."""
+  """Red, green and blue (size, size), float32 in [0, 255]."""
   places = field * (0.11 * _SHADES)
   places += 0.25 * _SHADES
   index = places.astype(np.intp)
@@ -242,7 +243,7 @@ def _color(layer: Layer, field) -> list[np.ndarray]:
 
 def _shades(layer: Layer) -> np.ndarray:
   """The colour table (3, _SHADES), which goes from low to high and back."""
-  t = 1 - np.abs(np.arange(_SHADES, dtype=np.float32) * (2 / _SHADES) - 1)
+  t = _THERE_AND_BACK
   name, (a, b, *_) = layer.finish
   if name == 'sharp':
     t = np.clip((t - 0.5) * (4 + 16 * a) + 0.5, 0, 1)
@@ -257,7 +258,7 @@ def _shades(layer: Layer) -> np.ndarray:
   shades = low + (high - low) * t + 30 * b * np.cos(TAU * (t * (1 + tint[2]) + tint[3]))
   if name == 'lined':
     shades[:, np.abs((t * (3 + 3 * a)) % 1 - 0.5) > 0.4] = low * 0.4
-  return shades
+  return np.clip(shades, 0, 255)
 
 
 def _cover(layout: Step, upper, view: View, axis) -> np.ndarray:
@@ -267,19 +268,24 @@ def _cover(layout: Step, upper, view: View, axis) -> np.ndarray:
     cover = upper * (1 + 8 * a) + (0.5 + 2 * b)
   else:
     # Wide wavy bands: beside each other they have an edge, else shares come and go.
-    x, y = _plane(view, axis, TAU * a, 0.5 + b)
-    cover = wave(x + wave(y + c) * 0.2 + d)
+    x, y = _plane(view, axis, TAU * a, 0.4 + b)
+    cover = wave(x + wave(y * (0.5 + 3 * c) + view.time) * (0.25 - 0.2 * c) + d)
     cover *= 20 if name == 'beside' else 0.3
     cover += 0.5
   return np.clip(cover, 0, 1, out=cover)
 
 
 def _relief(relief: Step, field) -> np.ndarray:
-  """Light (size, size) on the slopes of a field as if it were a height, in [-0.5, 0.5]."""
-  slope = np.zeros_like(field)
-  np.subtract(field[2:, 2:], field[:-2, :-2], out=slope[1:-1, 1:-1])
+  """Light on the slopes between pixels of a field, as if it were a height, in [-0.5, 0.5]."""
+  slope = field[1:, 1:] - field[:-1, :-1]
   slope *= (0.1 + 0.15 * relief.knobs[0]) / max(float(slope[::5, ::3].std()), 1e-3)
   return np.clip(slope, -0.5, 0.5, out=slope)
+
+
+def _shrunk(plane, factor: int) -> np.ndarray:
+  """The mean of each square of `factor` pixels a side; NumPy's is slow along short axes."""
+  rows = sum(plane[i::factor] for i in range(factor))
+  return sum(rows[:, i::factor] for i in range(factor)) / factor**2
 
 
 def _plane(view: View, axis, angle: float, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ An evaluator takes a Subject and its own options and returns a Result; EVALUATOR
 """
 
 from dpcap.evals import (
+  accuracy,
   aro,
   captions,
   few_shot,
@@ -18,12 +19,14 @@ from dpcap.evals import (
 from dpcap.evals.aro import SCENES_TESTS as ARO_SCENES_TESTS
 from dpcap.evals.decoding import METHODS as CAPTION_METHODS
 from dpcap.evals.features import FEATURES
+from dpcap.evals.features import choose as choose_features
 from dpcap.evals.linear_probe_sgd import OPTIMIZERS as PROBE_OPTIMIZERS
 from dpcap.evals.subject import Result, Subject
 from dpcap.evals.zero_shot import METHODS as ZERO_SHOT_METHODS
 
 # name in the config -> function(subject, **options) -> Result
 EVALUATORS = {
+  'accuracy': accuracy.evaluate,
   'linear_probe': linear_probe.evaluate,
   'linear_probe_sgd': linear_probe_sgd.evaluate,
   'fine_tune': fine_tune.evaluate,
@@ -40,6 +43,7 @@ EVALUATORS = {
 
 # What an evaluator calls of the model beside its features.
 NEEDS = {
+  'accuracy': 'logits',
   'fine_tune': 'FEATURE_PARTS',
   'captions': 'start',
   'zero_shot': 'text_loss',
@@ -58,4 +62,5 @@ __all__ = [
   'Result',
   'Subject',
   'ZERO_SHOT_METHODS',
+  'choose_features',
 ]

@@ -10,8 +10,10 @@ import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -21,13 +23,26 @@ from dpcap.evals import batches as batches_lib
 from dpcap.evals.hog import hog
 from dpcap.evals.subject import Subject
 
+_OF_MODELS = ('model', 'untrained')
 # Those that no model has a part in: uint8 images (B, H, W, 3) -> (B, D).
 _OF_IMAGES = {
   'pixels': lambda images: data.normalize(images).reshape(len(images), -1),
   'hog': lambda images: hog(images.astype(np.float32)),
 }
-FEATURES = ('model', 'untrained', *_OF_IMAGES)
+FEATURES = (*_OF_MODELS, *_OF_IMAGES)
 _BATCHES_PER_FILE = 64
+
+
+class Choice(NamedTuple):
+  """Which features are meant.
+
+  Attributes:
+    features: one of FEATURES.
+    layers: one of the model's own FEATURES; None of what is not of a model.
+  """
+
+  features: str
+  layers: str | None
 
 
 class Labelled(NamedTuple):
@@ -46,12 +61,40 @@ class Pair(NamedTuple):
   classes: tuple[str, ...]
 
 
+def choose(
+  evaluator: str, model: nn.Module | type[nn.Module], features: str, layers: str | None
+) -> Choice:
+  """The features that an evaluator's options mean.
+
+  Args:
+    evaluator: its name, for the error.
+    model: the module or its class, which lists what it has under FEATURES.
+    features: one of FEATURES.
+    layers: one of the model's own; None: its first.
+
+  Raises:
+    UserError: if the model has no such features, or layers of what is not of a model are asked for.
+  """
+  if features not in _OF_MODELS:
+    if layers is not None:
+      raise UserError(
+        f'{evaluator}: layers is {layers!r}; features={features} has none, leave it None'
+      )
+    return Choice(features, None)
+  if layers is not None and layers not in model.FEATURES:
+    name = (model if isinstance(model, type) else type(model)).__name__
+    raise UserError(
+      f'{evaluator}: layers is {layers!r}; those of the {name} are {", ".join(model.FEATURES)}'
+    )
+  return Choice(features, layers or model.FEATURES[0])
+
+
 def extract_pair(
-  subject: Subject, evaluator: str, train: Any, test: Any, kind: str, batch_size: int
+  subject: Subject, evaluator: str, train: Any, test: Any, choice: Choice, batch_size: int
 ) -> Pair:
   """Features of two source sections; see `make_pair` and `extract`."""
   sources = make_pair(subject, evaluator, train, test)
-  parts = [extract(subject, source, kind, batch_size) for source in sources]
+  parts = [extract(subject, source, choice, batch_size) for source in sources]
   return checked_pair(evaluator, *parts, sources[0].class_names)
 
 
@@ -97,7 +140,21 @@ def checked_pair(evaluator: str, train: Labelled, test: Labelled, classes: tuple
   return Pair(train, test, tuple(classes))
 
 
-def extract(subject: Subject, source: data.Source, kind: str, batch_size: int) -> Labelled:
+def make_embed(subject: Subject, choice: Choice) -> Callable[[Any, np.ndarray], jax.Array]:
+  """The compiled function (variables, images (B, H, W, 3) uint8) -> features (B, d)."""
+
+  # Variables are arguments: as constants they would be compiled into the program.
+  @jax.jit
+  def embed(variables, images):
+    if choice.features in _OF_IMAGES:
+      return _OF_IMAGES[choice.features](images)
+    images = data.normalize(images)
+    return subject.model.apply(variables, images, of=choice.layers, method='features')
+
+  return embed
+
+
+def extract(subject: Subject, source: data.Source, choice: Choice, batch_size: int) -> Labelled:
   """Features and labels of all usable labelled images of a source, from the cache if there.
 
   What was kept of an extraction that was cut off is used; files that are damaged are not.
@@ -105,31 +162,25 @@ def extract(subject: Subject, source: data.Source, kind: str, batch_size: int) -
   Args:
     subject: the model; its `cache` is where features are kept, None: nowhere.
     source: labelled images.
-    kind: one of FEATURES.
+    choice: which features.
     batch_size: images at a time.
 
   Returns:
     n leaves out images that cannot be decoded and examples without a label.
   """
-  variables = subject.untrained if kind == 'untrained' else subject.variables
+  variables = subject.untrained if choice.features == 'untrained' else subject.variables
   batches = data.EvaluationBatches(source, subject.transform, batch_size)
-
-  # Variables are arguments: as constants they would be compiled into the program.
-  @jax.jit
-  def embed(variables, images):
-    if kind in _OF_IMAGES:
-      return _OF_IMAGES[kind](images)
-    return subject.model.apply(variables, data.normalize(images), method='features')
+  embed = make_embed(subject, choice)
 
   def compute(batch):
     keep = np.flatnonzero(batch.labels >= 0)
     features = embed(variables, batches_lib.spread(batch.images, batch_size))
     return Labelled(np.asarray(features, np.float32)[keep], batch.labels[keep], batch.numbers[keep])
 
-  parts, waiting = _Parts(subject, source, kind, batch_size), []
-  for part in batches_lib.each(
-    subject, f'features of {kind}', batches, compute, start=len(parts.kept) * _BATCHES_PER_FILE
-  ):
+  parts, waiting = _Parts(subject, source, choice, batch_size), []
+  done = len(parts.kept) * _BATCHES_PER_FILE
+  title = f'features of {choice.features}'
+  for part in batches_lib.each(subject, title, batches, compute, start=done):
     waiting.append(part)
     if len(waiting) == _BATCHES_PER_FILE:
       parts.add(waiting)
@@ -152,14 +203,14 @@ class _Parts:
     kept: what is known so far; all files from the first one up to one that is missing.
   """
 
-  def __init__(self, subject: Subject, source: data.Source, kind: str, batch_size: int):
+  def __init__(self, subject: Subject, source: data.Source, choice: Choice, batch_size: int):
     self.kept: list[Labelled] = []
     self._folder = None
     if subject.cache is None:
       return
     about = {
-      'variables': None if kind in _OF_IMAGES else _digest(subject, kind),
-      'kind': kind,
+      'variables': None if choice.features in _OF_IMAGES else _digest(subject, choice.features),
+      **choice._asdict(),
       'model': str(subject.model),
       'image_size': subject.transform.image_size,
       'source': [type(source).__name__, source.fingerprint, len(source)],
@@ -205,9 +256,9 @@ class _Parts:
     return self._folder / f'{number:06d}.npz'
 
 
-def _digest(subject: Subject, kind: str) -> str:
+def _digest(subject: Subject, features: str) -> str:
   digest = hashlib.sha256()
-  variables = subject.untrained if kind == 'untrained' else subject.variables
+  variables = subject.untrained if features == 'untrained' else subject.variables
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
   return digest.hexdigest()

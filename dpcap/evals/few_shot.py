@@ -33,6 +33,7 @@ def evaluate(
   train,
   test,
   features: str,
+  layers: str | None = None,
   shots: Sequence[int],
   draws: int,
   batch_size: int,
@@ -44,6 +45,7 @@ def evaluate(
     train: labelled images to draw from; draws are the same for every model.
     test: what is judged on, with the same classes.
     features: one of `features.FEATURES`.
+    layers: of the model, see `features.choose`.
     shots: images per class. A draw of fewer is a part of the draw of more.
     draws: how many times.
     batch_size: images at a time while features are extracted.
@@ -55,14 +57,15 @@ def evaluate(
   Raises:
     UserError: if the sources do not belong together, or a class has too few images.
   """
+  choice = features_lib.choose('few_shot', subject.model, features, layers)
   source, test_source = features_lib.make_pair(subject, 'few_shot', train, test)
-  judged = features_lib.extract(subject, test_source, features, batch_size)
+  judged = features_lib.extract(subject, test_source, choice, batch_size)
   x_test, classes = jnp.asarray(normalise(judged.features)), source.class_names
   found = {k: [] for k in shots}
   for draw in track('few-shot probes', range(draws), draws, 'draws'):
     chosen = draw_shots(subject, source, max(shots), draw)
     part = features_lib.extract(
-      subject, _Subset(source, tuple(chosen.ravel().tolist())), features, batch_size
+      subject, _Subset(source, tuple(chosen.ravel().tolist())), choice, batch_size
     )
     features_lib.checked_pair('few_shot', part, judged, classes)
     x = normalise(part.features).reshape(*chosen.shape, -1)
@@ -83,7 +86,7 @@ def evaluate(
     {
       'interval95': last['interval95'],
       'chance': 1 / len(classes),
-      'features': features,
+      **choice._asdict(),
       'shots': by_shots,
       'classes': list(classes),
     },

@@ -1,4 +1,4 @@
-"""Fine-tuning of the whole encoder with a linear head on its features.
+"""Fine-tuning of the whole encoder with a linear head on the model's default features.
 
 AdamW with layer-wise decay of the learning rate, warmup and cosine, as MAE and BEiT have it (He et al.
 2022, appendix A.1; Bao et al. 2022), with random crops, flips and label smoothing; without their mixup,

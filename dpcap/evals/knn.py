@@ -16,7 +16,16 @@ _AT_ONCE = 256  # test images; their similarities to all training images are hel
 _TEMPERATURE = 0.07
 
 
-def evaluate(subject: Subject, *, train, test, features: str, k: int, batch_size: int) -> Result:
+def evaluate(
+  subject: Subject,
+  *,
+  train,
+  test,
+  features: str,
+  layers: str | None = None,
+  k: int,
+  batch_size: int,
+) -> Result:
   """Top-1 accuracy of a vote of the k most similar training images.
 
   Similarity is the cosine s; a neighbour's vote weighs exp(s / 0.07) (Wu et al. 2018, section 3.4).
@@ -25,13 +34,15 @@ def evaluate(subject: Subject, *, train, test, features: str, k: int, batch_size
     subject: the model.
     train, test: source sections of the config, with the same classes.
     features: one of `features.FEATURES`.
+    layers: of the model, see `features.choose`.
     k: how many vote.
     batch_size: images at a time while features are extracted.
 
   Raises:
     UserError: if the sources do not belong together, or there are fewer than k training images.
   """
-  pair = features_lib.extract_pair(subject, 'knn', train, test, features, batch_size)
+  choice = features_lib.choose('knn', subject.model, features, layers)
+  pair = features_lib.extract_pair(subject, 'knn', train, test, choice, batch_size)
   if k > len(pair.train.labels):
     raise UserError(f'knn: k is {k}, but there are {len(pair.train.labels)} training images')
   predicted = classify(
@@ -41,7 +52,7 @@ def evaluate(subject: Subject, *, train, test, features: str, k: int, batch_size
     predicted,
     pair.test.labels,
     pair.classes,
-    features=features,
+    **choice._asdict(),
     k=k,
     n_train=len(pair.train.labels),
   )

@@ -21,25 +21,29 @@ _ITERATIONS = 100
 _TOLERANCE = 1e-4  # on the gradient's norm
 
 
-def evaluate(subject: Subject, *, train, test, features: str, batch_size: int) -> Result:
+def evaluate(
+  subject: Subject, *, train, test, features: str, layers: str | None = None, batch_size: int
+) -> Result:
   """Top-1 accuracy of a linear probe, with its 95% interval.
 
   Args:
     subject: the model.
     train, test: source sections of the config, with the same classes.
     features: one of `features.FEATURES`.
+    layers: of the model, see `features.choose`.
     batch_size: images at a time while features are extracted.
 
   Raises:
     UserError: if the sources do not belong together, see `features.make_pair`.
   """
-  pair = features_lib.extract_pair(subject, 'linear_probe', train, test, features, batch_size)
+  choice = features_lib.choose('linear_probe', subject.model, features, layers)
+  pair = features_lib.extract_pair(subject, 'linear_probe', train, test, choice, batch_size)
   probe, l2 = fit(pair.train.features, pair.train.labels, len(pair.classes))
   return top1(
     probe(pair.test.features),
     pair.test.labels,
     pair.classes,
-    features=features,
+    **choice._asdict(),
     dimension=pair.train.features.shape[1],
     n_train=len(pair.train.labels),
     l2=l2,

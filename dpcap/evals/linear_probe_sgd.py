@@ -5,6 +5,7 @@ views, which the frozen encoder computes anew in every epoch.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ def evaluate(
   *,
   train,
   test,
+  layers: str | None = None,
   optimizer: str,
   epochs: int,
   warmup_epochs: int,
@@ -66,6 +68,7 @@ def evaluate(
   Args:
     subject: the model.
     train, test: source sections of the config, with the same classes.
+    layers: of the model, see `features.choose`; 'all_blocks' is what ViP probes.
     optimizer: one of OPTIMIZERS, momentum 0.9, no weight decay.
     epochs: passes over the training images.
     warmup_epochs: of these.
@@ -77,10 +80,11 @@ def evaluate(
   Raises:
     UserError: if the sources do not belong together.
   """
+  choice = features_lib.choose('linear_probe_sgd', subject.model, 'model', layers)
   source, test_source = features_lib.make_pair(subject, 'linear_probe_sgd', train, test)
   pair = features_lib.checked_pair(
     'linear_probe_sgd',
-    *(features_lib.extract(subject, s, 'model', batch_size) for s in (source, test_source)),
+    *(features_lib.extract(subject, s, choice, batch_size) for s in (source, test_source)),
     source.class_names,
   )
   settings = dict(
@@ -92,7 +96,8 @@ def evaluate(
   )
 
   def fit(places, rates):
-    views = _augmented if augment else _kept
+    embed = features_lib.make_embed(subject, choice)
+    views = functools.partial(_augmented, embed) if augment else _kept
     return train_heads(subject, source, pair, places, rates, views, **settings)
 
   rate = base_learning_rates[0]
@@ -107,7 +112,7 @@ def evaluate(
     predict(heads, pair.test.features)[0],
     pair.test.labels,
     pair.classes,
-    features='model',
+    **choice._asdict(),
     base_learning_rate=rate,
     n_train=len(pair.train.labels),
   )
@@ -226,16 +231,11 @@ def _kept(subject, source, train, places, size, epochs, batch_size):
       yield train.features[chosen], train.labels[chosen]
 
 
-def _augmented(subject, source, train, places, size, epochs, batch_size):
+def _augmented(embed, subject, source, train, places, size, epochs, batch_size):
   """Features of new views of the images."""
   transform = dataclasses.replace(subject.transform, crop_scale=_CROP_SCALE, flip=True)
   numbers = tuple(train.numbers[places].tolist())
   views = data.AugmentedBatches(source, transform, numbers, size, batch_size, epochs)
-  embed = jax.jit(
-    lambda variables, images: subject.model.apply(
-      variables, data.normalize(images), method='features'
-    )
-  )
 
   def compute(batch):
     images = batches_lib.spread(batch.images, batch_size)

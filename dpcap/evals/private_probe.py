@@ -28,6 +28,7 @@ def evaluate(
   train,
   test,
   features: str,
+  layers: str | None = None,
   epsilon: float,
   delta: float | None,
   clip_norm: float,
@@ -49,6 +50,7 @@ def evaluate(
     subject: the model.
     train, test: source sections of the config, with the same classes.
     features: one of `features.FEATURES`.
+    layers: of the model, see `features.choose`.
     epsilon: of the probe; the noise is calibrated to it (PLD).
     delta: None: 1 / N.
     clip_norm: of an example's gradient.
@@ -63,10 +65,11 @@ def evaluate(
   Raises:
     UserError: if the sources do not belong together, or no noise meets epsilon.
   """
+  choice = features_lib.choose('private_probe', subject.model, features, layers)
   source, test_source = features_lib.make_pair(subject, 'private_probe', train, test)
   pair = features_lib.checked_pair(
     'private_probe',
-    *(features_lib.extract(subject, s, features, batch_size) for s in (source, test_source)),
+    *(features_lib.extract(subject, s, choice, batch_size) for s in (source, test_source)),
     source.class_names,
   )
   try:
@@ -97,7 +100,7 @@ def evaluate(
       'test images, and which classes the training images have',
     ],
   )
-  return top1(predicted, pair.test.labels, pair.classes, features=features, privacy=statement)
+  return top1(predicted, pair.test.labels, pair.classes, **choice._asdict(), privacy=statement)
 
 
 def fit(

@@ -18,7 +18,13 @@ _SHOWN, _NEIGHBOURS = 12, 8  # queries whose nearest images are listed, and how 
 
 
 def evaluate(
-  subject: Subject, *, source, features: str, at: Sequence[int], batch_size: int
+  subject: Subject,
+  *,
+  source,
+  features: str,
+  layers: str | None = None,
+  at: Sequence[int],
+  batch_size: int,
 ) -> Result:
   """Each image looks for its like among all others of the source, by cosine similarity.
 
@@ -26,6 +32,7 @@ def evaluate(
     subject: the model.
     source: labelled images.
     features: one of `features.FEATURES`.
+    layers: of the model, see `features.choose`.
     at: numbers of neighbours.
     batch_size: images at a time while features are extracted.
 
@@ -38,10 +45,11 @@ def evaluate(
   Raises:
     UserError: if the source has no labels, or no two images of a class.
   """
+  choice = features_lib.choose('retrieval', subject.model, features, layers)
   records = subject.make_source(source)
   if not records.class_names:
     raise UserError('retrieval: the source has no labels; give it a label_key')
-  part = features_lib.extract(subject, records, features, batch_size)
+  part = features_lib.extract(subject, records, choice, batch_size)
   counts = np.bincount(part.labels, minlength=len(records.class_names))
   queries = np.flatnonzero(counts[part.labels] > 1)
   if not len(queries):
@@ -62,7 +70,7 @@ def evaluate(
     {
       'interval95': wilson_interval(recall[str(at[0])], n),
       'chance': chance,
-      'features': features,
+      **choice._asdict(),
       'recall': {k: {'value': v, 'interval95': wilson_interval(v, n)} for k, v in recall.items()},
       'mean_average_precision': mean,
       'mean_average_precision_interval95': (mean - error, mean + error),

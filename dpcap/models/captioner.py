@@ -38,6 +38,8 @@ class Captioner(nn.Module):
 
   INPUTS = ('image', 'tokens')
   KEYS = keys.TRANSFORMER
+  # What `features` can be of; the first is the default.
+  FEATURES = ('memory', 'encoder', 'projection', 'all_blocks')
   # The top-level parameters that features depend on.
   FEATURE_PARTS = ('encoder', 'memory_projection')
 
@@ -90,9 +92,13 @@ class Captioner(nn.Module):
     """Encoder output (..., 1+P, width), after its last LayerNorm; class token first."""
     return self.encoder(image_HxWx3)
 
+  def project(self, image_HxWx3: jax.Array) -> jax.Array:
+    """Encoder output at the decoder's width, (..., 1+P, decoder_width)."""
+    return self.memory_projection(self.encode(image_HxWx3))
+
   def memory(self, image_HxWx3: jax.Array) -> jax.Array:
     """What the decoder attends to, (..., 1+P, decoder_width)."""
-    memory_SxD = self.memory_projection(self.encode(image_HxWx3))
+    memory_SxD = self.project(image_HxWx3)
     positions_SxD = image_positions(
       *patch_grid(image_HxWx3.shape, self.patch_size), self.decoder_width
     )
@@ -102,9 +108,19 @@ class Captioner(nn.Module):
       + self.memory_type_embedding.astype(memory_SxD.dtype)
     )
 
-  def features(self, image_HxWx3: jax.Array) -> jax.Array:
-    """Image features for probing, (..., decoder_width): the mean over the memory's tokens."""
-    return jnp.mean(at_least_float32(self.memory(image_HxWx3)), axis=-2)
+  def features(self, image_HxWx3: jax.Array, of: str = FEATURES[0]) -> jax.Array:
+    """Image features for probing, (..., D), at least float32.
+
+    Args:
+      image_HxWx3: (..., H, W, 3).
+      of: the mean over the tokens of the 'memory', which is the paper's; of the 'encoder', after
+        its last LayerNorm; of their 'projection', before positions and type embedding are added. Or
+        'all_blocks': that over the patches after every block, side by side, as ViP probes.
+    """
+    if of == 'all_blocks':
+      return self.encoder(image_HxWx3, block_means=True)
+    tokens = {'memory': self.memory, 'encoder': self.encode, 'projection': self.project}[of]
+    return jnp.mean(at_least_float32(tokens(image_HxWx3)), axis=-2)
 
   def decode(self, memory_SxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
     """Logits (..., T, vocab_size) of the token after each of `tokens_T` (..., T)."""

@@ -16,10 +16,12 @@ from dpcap.key import POSITIVE, Key
 from dpcap.models import keys
 from dpcap.models.positions import image_positions
 from dpcap.models.precision import at_least_float32
-from dpcap.models.vit import Dense, encode, patch_grid, patchify
+from dpcap.models.vit import Dense, encode, frozen, patch_grid, patchify
 
 # ViP's encoders have so many heads where the captioner's of that width have 6.
 _HEADS = {'nano': 12, 'tiny': 12}
+
+_ENCODERS = ('vip', 'captioner')
 
 _small_normal = nn.initializers.normal(0.02)
 
@@ -38,6 +40,8 @@ class MAE(nn.Module):
     patch_size: side of a square patch, pixels.
     width, depth, heads: of the encoder; width a multiple of four and of heads.
     decoder_width, decoder_depth, decoder_heads: of the decoder, likewise.
+    encoder_of: 'vip', or 'captioner', whose encoder it then is to the last parameter: no bias of
+      queries, keys and values; the class token is a constant, and so is a type embedding.
     mask_ratio: share of the patches that the encoder does not see and the loss is taken on.
     train_positions: whether position embeddings are parameters that start as the sin-cos
       constants, as in ViP's code, rather than these constants. Images then have one size.
@@ -48,6 +52,12 @@ class MAE(nn.Module):
 
   INPUTS = ('image', 'key')
   KEYS = keys.TRANSFORMER | {
+    'encoder_of': Key(
+      str,
+      'vip',
+      "whose encoder it has: ViP's or the captioner's, which can then start from it (train.init)",
+      _ENCODERS,
+    ),
     'mask_ratio': Key(
       float,
       0.75,
@@ -73,6 +83,7 @@ class MAE(nn.Module):
   decoder_width: int
   decoder_depth: int
   decoder_heads: int
+  encoder_of: str = 'vip'
   mask_ratio: float = 0.75
   train_positions: bool = False
   dtype: jnp.dtype = jnp.float32
@@ -90,6 +101,7 @@ class MAE(nn.Module):
     patch_size: int | None,
     dtype: str,
     scan_blocks: bool,
+    encoder_of: str,
     mask_ratio: float,
     decoder_width: int,
     decoder_depth: int,
@@ -99,6 +111,10 @@ class MAE(nn.Module):
     """A masked autoencoder whose encoder has a named size; see `dpcap.models.make_model`."""
     del vocab_size
     shape = keys.shape_of(size, patch_size, image_size)
+    if keys.one_of('encoder_of', encoder_of, _ENCODERS) == 'vip':
+      shape = shape._replace(heads=_HEADS.get(size, shape.heads))
+    elif train_positions:
+      raise UserError("train_positions=True goes with encoder_of='vip' only")
     if decoder_width % 4 or decoder_width % decoder_heads:
       raise UserError(
         f'decoder_width={decoder_width} must be a multiple of 4 and of'
@@ -114,10 +130,11 @@ class MAE(nn.Module):
       shape.patch_size,
       shape.width,
       shape.depth,
-      _HEADS.get(size, shape.heads),
+      shape.heads,
       decoder_width,
       decoder_depth,
       decoder_heads,
+      encoder_of,
       mask_ratio,
       train_positions,
       keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)],
@@ -141,7 +158,14 @@ class MAE(nn.Module):
       scan_blocks=self.scan_blocks,
       remat=self.remat,
     )
-    self.encoder = MaskedEncoder(self.patch_size, self.width, self.depth, self.heads, **blocks)
+    self.encoder = MaskedEncoder(
+      self.patch_size,
+      self.width,
+      self.depth,
+      self.heads,
+      of_captioner=self.encoder_of == 'captioner',
+      **blocks,
+    )
     self.decoder = PixelDecoder(
       self.patch_size, self.decoder_width, self.decoder_depth, self.decoder_heads, **blocks
     )
@@ -191,27 +215,31 @@ class MAE(nn.Module):
     return order_P[..., :kept], jnp.argsort(order_P, axis=-1)
 
   def features(self, image_HxWx3: jax.Array, of: str = FEATURES[0]) -> jax.Array:
-    """Image features for probing (..., D), nothing masked; the class token takes no part.
+    """Image features for probing, (..., D), at least float32; nothing is masked.
 
-    'encoder' is the mean over patches of the encoder's output; 'all_blocks' has that of every block
-    side by side, before the last LayerNorm, as ViP's linear probe takes it.
+    Args:
+      image_HxWx3: (..., H, W, 3).
+      of: the mean over the patches of the 'encoder', after its last LayerNorm; or 'all_blocks': that
+        after every block, side by side, as ViP probes. The class token takes no part.
     """
     if of == 'all_blocks':
       return self.encoder(image_HxWx3, block_means=True)
-    return jnp.mean(at_least_float32(self.encode(image_HxWx3)[..., 1:, :]), axis=-2)
+    tokens = {'encoder': self.encode}[of]
+    return jnp.mean(at_least_float32(tokens(image_HxWx3)[..., 1:, :]), axis=-2)
 
 
 class MaskedEncoder(nn.Module):
   """Images (..., H, W, 3) -> tokens (..., 1+N, width) of the N patches that are kept.
 
-  The class token is trained, and stands first. See `MAE` for the attributes, `vit.encode` for
-  `block_means`.
+  The class token stands first. `of_captioner`: see `MAE.encoder_of`; see there for the others, and
+  `vit.encode` for `block_means`.
   """
 
   patch_size: int
   width: int
   depth: int
   heads: int
+  of_captioner: bool
   train_positions: bool
   dtype: jnp.dtype
   scan_blocks: bool
@@ -224,7 +252,10 @@ class MaskedEncoder(nn.Module):
     kept_N: jax.Array | None = None,
     block_means: bool = False,
   ) -> jax.Array:
-    class_token_D = self.param('class_token', _small_normal, (self.width,))
+    if self.of_captioner:
+      class_token_D = frozen(self, 'class_token', self.width)
+    else:
+      class_token_D = self.param('class_token', _small_normal, (self.width,))
     positions_TxD = _positions(self, patch_grid(image_HxWx3.shape, self.patch_size))
     patches_NxK = patchify(image_HxWx3, self.patch_size)
     if kept_N is not None:
@@ -240,7 +271,9 @@ class MaskedEncoder(nn.Module):
     )
     x_TxD = jnp.concatenate([class_1xD, x_NxD], axis=-2)
     x_TxD += positions_TxD.astype(x_TxD.dtype)
-    return _encode(self, x_TxD, block_means)
+    if self.of_captioner:
+      x_TxD += frozen(self, 'type_embedding', self.width).astype(x_TxD.dtype)
+    return _encode(self, x_TxD, block_means, qkv_bias=not self.of_captioner)
 
 
 class PixelDecoder(nn.Module):
@@ -293,7 +326,9 @@ def _number_kept(patches: int, mask_ratio: float) -> int:
   return int(patches * (1 - mask_ratio))
 
 
-def _encode(module: MaskedEncoder | PixelDecoder, x_TxD: jax.Array, block_means=False) -> jax.Array:
+def _encode(
+  module: MaskedEncoder | PixelDecoder, x_TxD: jax.Array, block_means=False, qkv_bias=True
+) -> jax.Array:
   """`vit.encode` with the module's attributes."""
   return encode(
     x_TxD,
@@ -301,7 +336,7 @@ def _encode(module: MaskedEncoder | PixelDecoder, x_TxD: jax.Array, block_means=
     dtype=module.dtype,
     block_means=block_means,
     heads=module.heads,
-    qkv_bias=True,
+    qkv_bias=qkv_bias,
     scan=module.scan_blocks,
     remat=module.remat,
   )

@@ -219,7 +219,9 @@ def _shape(arrays: Mapping[str, Any], name: str, dimensions: int) -> tuple[int, 
     raise UserError(f'reference weights: array {name!r} is missing')
   shape = tuple(arrays[name].shape)
   if len(shape) != dimensions:
-    raise UserError(f'reference weights: {name!r} has shape {shape}; it must have {dimensions} axes')
+    raise UserError(
+      f'reference weights: {name!r} has shape {shape}; it must have {dimensions} axes'
+    )
   return shape
 
 
@@ -234,7 +236,9 @@ def _side(arrays: Mapping[str, Any], name: str) -> int:
   tokens = _tokens(arrays, name)
   side = math.isqrt(max(tokens - 1, 0))
   if side < 1 or tokens != 1 + side**2:
-    raise UserError(f'reference weights: {name!r} has {tokens} tokens; a square image has 1 + side^2')
+    raise UserError(
+      f'reference weights: {name!r} has {tokens} tokens; a square image has 1 + side^2'
+    )
   return side
 
 

@@ -99,7 +99,8 @@ def state_dict(
     arrays[name] = layout.save(np.asarray(frozen[path]))
   side = image_size // model.patch_size
   for name, (is_image, width) in names.positions.items():
-    computed = image_positions(side, side, width) if is_image else text_positions(text_length, width)
+    grid, length = (side, side), text_length
+    computed = image_positions(*grid, width) if is_image else text_positions(length, width)
     arrays[name] = computed[None].astype(np.float32)
   for name, (is_text, width) in names.unused.items():
     arrays[name] = np.zeros((1, text_length if is_text else 1, width), np.float32)

@@ -30,7 +30,8 @@ _PREFIXES = ('', 'model.', 'model/', 'param/')
 
 _FLOATS = ('F64', 'F32', 'F16')  # as safetensors names them
 
-# An npz may be compressed: what it unpacks to must be less. The largest model takes 3.3 GB as float64.
+# An npz may be compressed: what it unpacks to must be less. The largest model takes 3.3 GB as
+# float64.
 _MOST_BYTES = 4 * 2**30
 
 _NPY_HEADERS = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}

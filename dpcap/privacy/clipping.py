@@ -160,8 +160,8 @@ def clipped_sum(
     strategy = _choice(find_uses(jaxpr, params, warn=False))
 
   def factor_of(norms, flushed):
-    # A weighted gradient of norm C / (1 + f) has room for f C, but for f^2 C.
-    factors = clip_function(norms * (1 + flushed / clip_norm), clip_norm)
+    # What is flushed adds to a weighted gradient of norm C, whatever its weight: make room for it.
+    factors = clip_function(norms, clip_norm) * jnp.maximum(1 - flushed / clip_norm, 0)
     return jnp.minimum(factors, LARGEST_FACTOR)
 
   return CLIPPING_STRATEGIES[strategy](loss_fn, jaxpr, params, batch, mask, factor_of)

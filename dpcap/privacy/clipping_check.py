@@ -61,9 +61,6 @@ def check_clipping(
     return run(strategy), run('vmap')
 
   actual, expected = jax.device_get(both(params, batch))
-  # The first example among copies of itself, in place of the others.
-  copies = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], jnp.shape(x)), batch)
-  by_itself, _ = jax.device_get(both(params, copies))
   if not np.all(np.isfinite(expected.norms)):
     raise ClippingMismatch(f'vmap gives norms {expected.norms} on synthetic examples')
   flat = lambda tree: jax.tree_util.tree_leaves_with_path(tree)
@@ -83,11 +80,15 @@ def check_clipping(
       f'clipping {strategy!r} differs from vmap by {difference:.2g} (allowed: {allowed:g}), most in'
       f' {worst}; this model needs clipping vmap'
     )
-  for name in ('losses', 'norms'):
-    here, there = getattr(actual, name)[0], getattr(by_itself, name)[0]
-    if not abs(here - there) <= allowed * abs(here):
-      raise ClippingMismatch(
-        f'{name} of an example change with its company, {here:g} among others and {there:g} among'
-        ' copies of itself: the loss mixes examples, which no clipping makes private'
-      )
+  # The first and the last example, each among copies of itself in place of the others.
+  for i in (0, -1):
+    copies = jax.tree.map(lambda x: jnp.broadcast_to(x[i], jnp.shape(x)), batch)
+    by_itself, _ = jax.device_get(both(params, copies))
+    for name in ('losses', 'norms'):
+      here, there = getattr(actual, name)[i], getattr(by_itself, name)[i]
+      if not abs(here - there) <= allowed * abs(here):
+        raise ClippingMismatch(
+          f'{name} of an example change with its company, {here:g} among others and {there:g} among'
+          ' copies of itself: the loss mixes examples, which no clipping makes private'
+        )
   return difference

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as p
 
@@ -19,6 +20,19 @@ CALLS_OUT = ('pure_callback', 'io_callback', 'ffi_call')
 
 # The values of `vmap_method` that hand over one example at a time.
 ONE_BY_ONE = ('sequential', 'sequential_unrolled')
+
+# The type of the keys for which vmap draws each example's bits from its own key.
+THREEFRY = 'key<fry>'
+
+
+def generators_of(eqn: core.JaxprEqn) -> frozenset[str]:
+  """What an equation draws random bits from: the types of its keys, or XLA's own generator."""
+  if eqn.primitive is p.rng_bit_generator_p:
+    return frozenset([eqn.primitive.name])
+  if not eqn.primitive.name.startswith('random_'):
+    return frozenset()
+  types = [v.aval.dtype for v in eqn.invars]
+  return frozenset(str(t) for t in types if jnp.issubdtype(t, jax.dtypes.prng_key))
 
 
 def is_one_by_one(rule: Any) -> bool:

@@ -7,8 +7,11 @@ released and what its start had released are both in the model:
 | the start was trained on | what follows |
 | --- | --- |
 | generated data alone | nothing: there is no person in them |
-| private data, with a guarantee | for who is in both data sets epsilons and deltas add up (basic composition, which holds also where the second run looks at the first one's result: Dwork and Roth 2014, theorem 3.16 and B.1) |
+| private data, with a guarantee | for who is in both data sets, epsilons and deltas add up |
 | private data without a guarantee, or nobody knows | the run's guarantee does not cover it |
+
+That they add up is basic composition, which also holds where the second run sees the first one's
+result (Dwork and Roth 2014, theorem 3.16 and appendix B).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,7 +118,7 @@ def describe_start(start: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
 
 
 def spent(statement: Mapping[str, Any]) -> Spent | None:
-  """What a model reveals, all that it started from included; None: without a bound, or not known."""
+  """What a model reveals, with all that it started from; None: without a bound, or not known."""
   try:
     start = statement.get('init')
     return _add(_own(statement), spent(start['statement']) if start else NOTHING)

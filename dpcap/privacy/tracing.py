@@ -2,17 +2,22 @@
 
 Clipping bounds what one example does to the sum only if the gradient of an example is a
 function of that example alone. A loss is written for one example and mapped over the batch, which
-leaves three ways around it, all of them visible in its trace or, where a rule of its own hides them
+leaves a few ways around it, all of them visible in its trace or, where a rule of its own hides them
 (`custom_vjp`, `custom_jvp`), in that of its gradient:
 
 - an axis that the caller named, as flax's BatchNorm with axis_name does: a collective over it
   brings in the examples of other devices;
 - a batching rule of somebody's own (`jax.custom_batching.custom_vmap`), which gets the whole batch;
-- a call out of JAX (`pure_callback`, `io_callback`, `ffi_call`), unless it is made for one example after
-  the other (vmap_method='sequential').
+- a call out of JAX (`pure_callback`, `io_callback`, `ffi_call`), unless it is made for one example
+  after the other (vmap_method='sequential');
+- random bits of keys of `rbg` and `unsafe_rbg`, or of `lax.rng_bit_generator` that these are made
+  of: mapped over keys, all are drawn from the first one. `threefry2x32` draws each from its own;
+- `lax.rng_uniform`, whose generator all examples share. It draws anew wherever it is computed
+  again, so that the second pass of `ghost` would sum other gradients than it has the norms of.
 
-What no trace shows is taken for granted: a function called out of JAX keeps nothing of one example for
-the next, and a primitive of somebody's own has a batching rule that keeps examples apart.
+What no trace shows is taken for granted: a function called out of JAX keeps nothing of one example
+for the next and gives the same again for the same arguments (the second pass of `ghost` may ask
+again), and a primitive of somebody's own has a batching rule that keeps examples apart.
 `check_clipping` finds most of what breaks that, by comparing an example in other company.
 """
 
@@ -22,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.extend.core import primitives as p
 
 from dpcap.privacy import jax_internals
 
@@ -86,6 +92,12 @@ def _way_around(eqn: core.JaxprEqn, own_axes: frozenset[str]) -> str | None:
     method = eqn.params.get('vmap_method')
     if method not in jax_internals.ONE_BY_ONE:
       return f"{eqn.primitive.name} with vmap_method={method!r} (allowed: 'sequential')"
+  if eqn.primitive is p.rng_uniform_p:
+    return 'rng_uniform, of a generator that all examples share'
+  generators = jax_internals.generators_of(eqn) - {jax_internals.THREEFRY}
+  if generators:
+    name = ', '.join(sorted(generators))
+    return f'{eqn.primitive.name} of {name}, all drawn from the first key (allowed: threefry2x32)'
   return None
 
 

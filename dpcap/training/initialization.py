@@ -1,8 +1,8 @@
 """Where a run's parameters begin: `train.init` names weights to start from.
 
 They are a checkpoint of this project, whatever model it is of, or an official file. All of them are
-taken, or some top-level modules, as the encoder of a model that was trained in another way. Names and
-shapes must be the same; the optimizer starts fresh.
+taken, or some top-level modules, as the encoder of a model that was trained in another way. Names
+and shapes must be the same; the optimizer starts fresh.
 """
 
 import pathlib
@@ -87,7 +87,8 @@ def start_from(path: str, parts: Sequence[str], state: TrainState) -> Start:
 
   state = state._replace(params=new['params'], frozen=new['frozen'])
   if state.average is not None:
-    state = state._replace(average=jax.tree.map(_place, new['params'], state.average))
+    layout = jax.tree.map(lambda x: x.sharding, state.average)
+    state = state._replace(average=jax.jit(lambda x: x, out_shardings=layout)(new['params']))
   record = privacy.make_start(weights.path, parts, weights.statement)
   count = sum(int(np.prod(x.shape)) for name, x in shapes.items() if _module(name) in taken)
   left = [name for name in modules if name not in taken]

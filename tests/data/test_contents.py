@@ -15,6 +15,7 @@ from dpcap.data import contents, tar_index, tar_manifest
 from dpcap.data.scenes import Scenes
 from dpcap.data.source import BadRecord
 from dpcap.data.tar_shards import TarShards, make_wanted
+from dpcap.data.textures import Textures
 from dpcap.data.tfds_source import TfdsSource
 from tests.data.test_tfds_source import example, prepare
 
@@ -52,6 +53,20 @@ def picture(number, side=8, kind='JPEG'):
 def test_scenes_of_one_split_share_their_first_ones(other, apart):
   trained = Scenes(split='train', size=400, image_size=32)
   assert relation(trained, Scenes(**{'image_size': 32} | other)) == apart
+
+
+@pytest.mark.parametrize(
+  'other, apart',
+  [
+    (dict(split='train', size=300), False),
+    (dict(split='train', size=1, programs=7, image_size=64), False),
+    (dict(split='test', size=400), True),
+  ],
+)
+def test_textures_of_one_split_share_their_first_ones(other, apart):
+  trained = Textures(split='train', size=400, image_size=32)
+  assert relation(trained, Textures(**{'image_size': 32} | other)) == apart
+  assert relation(trained, Scenes(split='train', size=400, image_size=32)) is True
 
 
 # --- tar shards -----------------------------------------------------------------------
@@ -330,15 +345,16 @@ def test_other_versions_cannot_be_told_apart(tfds_dir, tmp_path):
 # --- kinds ----------------------------------------------------------------------------
 
 
-def test_kinds_of_files_cannot_be_told_apart_and_scenes_can(trained, tfds_dir, tmp_path):
+def test_kinds_of_files_cannot_be_told_apart_and_drawn_ones_can(trained, tfds_dir, tmp_path):
   files = [
     trained,
     TfdsSource('pairs', 'train', str(tfds_dir)),
     make_folder(tmp_path / 'images', range(100, 104)),
   ]
-  drawn = Scenes(split='train', size=9, image_size=8)
+  drawn = [kind(split='train', size=9, image_size=8) for kind in (Scenes, Textures)]
+  assert [source.contents.kind for source in drawn] == list(contents.DRAWN)
   for i, a in enumerate(files):
-    assert relation(a, drawn) is True
+    assert all(relation(a, source) is True for source in drawn)
     for b in files[:i]:
       assert relation(a, b) is None
 

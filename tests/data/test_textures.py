@@ -11,6 +11,9 @@ from dpcap.data.text import make_tokenizer
 from dpcap.errors import UserError
 
 
+_FIELDS = {**texture_fields.MOVES, **texture_fields.PATTERNS}
+
+
 def _source(**changes):
   return textures.Textures(**dict(split='train', size=100_000, image_size=32) | changes)
 
@@ -25,7 +28,7 @@ def test_a_record_depends_on_split_index_and_programs_alone():
   assert small.fingerprint != _source(programs=5).fingerprint
 
 
-@pytest.mark.parametrize('size', [1, 32, 130, 224])
+@pytest.mark.parametrize('size', [1, 32, 60, 224])
 def test_images_have_any_size(size):
   image = _source(image_size=size)[3]['image']
   assert image.shape == (size, size, 3) and image.dtype == np.uint8 and image.flags.c_contiguous
@@ -67,7 +70,7 @@ def test_images_have_contrast_and_differ():
   assert means.std(0).min() > 30
   steps = np.abs(np.diff(images.mean(-1), axis=2)).mean((1, 2)) / images.mean(-1).std((1, 2))
   low, high = np.quantile(steps, [0.05, 0.95])
-  assert high > 4 * low
+  assert high > 3 * low
 
 
 def test_power_falls_with_frequency_as_in_photographs():
@@ -83,9 +86,6 @@ def test_power_falls_with_frequency_as_in_photographs():
   assert -2.7 < slope < -1.5
 
 
-_FIELDS = {**texture_fields.MOVES, **texture_fields.PATTERNS}
-
-
 @pytest.mark.parametrize('name', _FIELDS)
 def test_fields_are_finite_float32_and_change_from_place_to_place(name):
   axis = (np.arange(64, dtype=np.float32) + 0.5) / 64 - 0.5
@@ -94,10 +94,9 @@ def test_fields_are_finite_float32_and_change_from_place_to_place(name):
     u, v = u * 6, v * 6
   kept = u.copy(), v.copy()
   for knobs in np.random.default_rng(0).random((8, 4)).tolist():
-    for field in np.atleast_3d(_FIELDS[name](u, v, tuple(knobs), 0.4)):
-      assert field.dtype == np.float32 and np.isfinite(field).all()
     found = _FIELDS[name](u, v, tuple(knobs), 0.4)
     for field in found if isinstance(found, tuple) else (found,):
+      assert field.dtype == np.float32 and np.isfinite(field).all()
       assert field.std() > 0.02
   np.testing.assert_array_equal((u, v), kept)
 

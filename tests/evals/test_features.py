@@ -5,9 +5,11 @@ import stat
 import numpy as np
 import pytest
 
-from dpcap import data
+from dpcap import config as config_lib
+from dpcap import data, evals
 from dpcap.errors import UserError
 from dpcap.evals import batches, features
+from dpcap.models import MAE, Captioner
 
 SECTION = dict(split='test', size=23)
 
@@ -32,9 +34,13 @@ def _computed(monkeypatch):
   return seen
 
 
-def extract(subject, folder, kind='pixels', batch_size=4, **section):
+PIXELS = features.Choice('pixels', None)
+
+
+def extract(subject, folder, kind='pixels', layers=None, batch_size=4, **section):
   source = subject.make_source(SECTION | section)
-  return features.extract(subject._replace(cache=folder), source, kind, batch_size)
+  choice = features.choose('knn', subject.model, kind, layers)
+  return features.extract(subject._replace(cache=folder), source, choice, batch_size)
 
 
 def assert_same(a, b):
@@ -95,6 +101,8 @@ def test_other_data_labels_kinds_and_sizes_are_computed_anew(subject, tmp_path, 
     dict(split='validation'),
     dict(size=22),
     dict(kind='model'),
+    dict(kind='model', layers='encoder'),
+    dict(kind='model', layers='projection'),
     dict(kind='untrained'),
     dict(batch_size=5),
   ):
@@ -112,7 +120,7 @@ def test_other_names_of_the_labels_are_computed_anew(subject, tmp_path, computed
 
   for label in ('color', 'shape'):
     source = Renamed(image_size=16, **SECTION, label=label)
-    found = features.extract(subject._replace(cache=tmp_path), source, 'pixels', 4)
+    found = features.extract(subject._replace(cache=tmp_path), source, PIXELS, 4)
     assert found.labels.tolist() == [source[i]['label'] for i in range(23)]
   assert len(computed) == 12
 
@@ -134,7 +142,7 @@ def test_without_a_folder_nothing_is_written(subject, tmp_path, monkeypatch):
 
 
 def pair(subject, train, test):
-  return features.extract_pair(subject, 'knn', train, test, 'pixels', 8)
+  return features.extract_pair(subject, 'knn', train, test, PIXELS, 8)
 
 
 def test_one_split_for_both_is_refused(subject):
@@ -147,3 +155,61 @@ def test_classes_without_a_training_image_are_refused(subject):
     UserError, match='knn: the train source has no usable image of .* right split'
   ):
     pair(subject, dict(split='train', size=2), SECTION)
+
+
+# --- Which features.
+
+
+def test_layers_left_out_are_the_models_first(subject):
+  choose = lambda *options: features.choose('knn', subject.model, *options)
+  assert choose('model', None) == choose('model', 'memory') == ('model', 'memory')
+  assert choose('untrained', 'all_blocks') == ('untrained', 'all_blocks')
+  assert choose('pixels', None) == ('pixels', None)
+
+
+@pytest.mark.parametrize(
+  'model, options, message',
+  [
+    (MAE, ('model', 'memory'), "knn: layers is 'memory'; those of the MAE are encoder, all_blocks"),
+    (Captioner, ('untrained', 'all'), "layers is 'all'; those of the Captioner are memory, encoder"),
+    (MAE, ('pixels', 'encoder'), "knn: layers is 'encoder'; features=pixels has none"),
+  ],
+)
+def test_layers_that_the_model_has_not_are_refused(model, options, message):
+  with pytest.raises(UserError, match=message):
+    features.choose('knn', model, *options)
+
+
+def test_extracted_are_the_layers_asked_for(subject):
+  source = subject.make_source(SECTION)
+  images = np.stack([data.normalize(source[i]['image']) for i in range(4)])
+  for layers, dimension in (('memory', 16), ('all_blocks', 16)):
+    found = extract(subject, None, 'model', layers, batch_size=4, size=4)
+    expected = subject.model.apply(subject.variables, images, of=layers, method='features')
+    assert found.features.shape == (4, dimension)
+    np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'name', ['linear_probe', 'linear_probe_sgd', 'few_shot', 'knn', 'retrieval', 'private_probe']
+)
+def test_every_evaluator_extracts_the_layers_of_its_entry(subject, monkeypatch, name):
+  """With the keys of its config; and refuses layers that are not there before it reads anything."""
+
+  class Extracted(Exception):
+    pass
+
+  def extract(subject, source, choice, batch_size):
+    raise Extracted(tuple(choice))
+
+  monkeypatch.setattr(features, 'extract', extract)
+  options = config_lib.evaluator_config(name).to_dict() | dict(layers='encoder')
+  for key in ('name', 'apart'):
+    del options[key]
+  sections = iter((SECTION, dict(split='validation', size=23)))
+  options |= {key: next(sections) for key in ('train', 'test', 'source') if key in options}
+  with pytest.raises(Extracted) as raised:
+    evals.EVALUATORS[name](subject, **options)
+  assert raised.value.args == (('model', 'encoder'),)
+  with pytest.raises(UserError, match=f"{name}: layers is 'none'; those of the Captioner are"):
+    evals.EVALUATORS[name](subject, **options | dict(layers='none'))

@@ -60,6 +60,7 @@ def test_draws_have_k_of_each_class_and_differ(subject):
 def test_accuracy_by_shots(subject):
   result = evaluate(subject)
   assert result.metric == 'top1' and result.n == 60 and result.details['chance'] == 1 / 8
+  assert (result.details['features'], result.details['layers']) == ('pixels', None)
   shots = result.details['shots']
   assert list(shots) == ['1', '3']
   for entry in shots.values():

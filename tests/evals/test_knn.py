@@ -33,9 +33,10 @@ def test_votes_are_weighted_by_similarity(rng, monkeypatch):
 
 def test_knn_tells_what_it_measured(subject):
   train, test = dict(split='validation', size=90), dict(split='test', size=40)
-  options = dict(train=train, test=test, features='model', batch_size=32)
+  options = dict(train=train, test=test, features='model', layers='encoder', batch_size=32)
   result = knn.evaluate(subject, k=5, **options)
   assert (result.metric, result.n, result.details['n_train']) == ('top1', 40, 90)
+  assert (result.details['features'], result.details['layers']) == ('model', 'encoder')
   assert result.details['chance'] == 1 / 8 and sum(map(sum, result.details['confusion'])) == 40
   with pytest.raises(UserError, match='knn: k is 91, but there are 90 training images'):
     knn.evaluate(subject, k=91, **options)
@@ -61,6 +62,7 @@ def test_retrieval_tells_what_it_measured(subject):
   source = dict(split='test', size=40)
   result = retrieval.evaluate(subject, source=source, features='pixels', at=(1, 5), batch_size=32)
   assert result.metric == 'recall_at_1' and result.n <= 40
+  assert (result.details['features'], result.details['layers']) == ('pixels', None)
   recall = result.details['recall']
   assert result.value == recall['1']['value'] <= recall['5']['value']
   low, high = result.details['mean_average_precision_interval95']

@@ -96,6 +96,7 @@ def test_evaluate_counts_usable_images_and_gives_an_interval():
   subject = _subject({'a': _Colours(140), 'b': _Colours(70)})
   result = linear_probe.evaluate(subject, train='a', test='b', features='pixels', batch_size=32)
   assert (result.metric, result.n, result.details['n_train']) == ('top1', 60, 120)
+  assert (result.details['features'], result.details['layers']) == ('pixels', None)
   assert result.value > 0.95
   low, high = result.details['interval95']
   assert low <= result.value <= high

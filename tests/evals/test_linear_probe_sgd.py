@@ -104,12 +104,17 @@ def test_learns_what_can_be_told_apart(subject, augment, monkeypatch):
       return record
 
   monkeypatch.setattr(
-    type(subject.model), 'features', lambda self, x: jax.nn.one_hot(jnp.round(x[..., 0, 0, 0]), 9)
+    type(subject.model),
+    'features',
+    lambda self, x, of: jax.nn.one_hot(jnp.round(x[..., 0, 0, 0]), 9) * (of == 'encoder'),
   )
   monkeypatch.setattr(linear_probe_sgd.data, 'normalize', lambda images: images / 30.0)
   monkeypatch.setattr('dpcap.evals.features.data.normalize', lambda images: images / 30.0)
   easy = subject._replace(make_source=lambda section: Easy(image_size=16, **section))
-  result = evaluate(easy, augment=augment, epochs=6, base_learning_rates=(4.0,))
+  result = evaluate(
+    easy, layers='encoder', augment=augment, epochs=6, base_learning_rates=(4.0,)
+  )
+  assert (result.details['features'], result.details['layers']) == ('model', 'encoder')
   assert result.value == 1.0 and result.n == 30
 
 

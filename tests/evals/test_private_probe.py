@@ -92,6 +92,7 @@ def test_the_guarantee_is_that_of_what_was_done(subject, monkeypatch):
   results = [_evaluate(subject) for _ in range(2)]
   (plan, keys), (_, other_keys) = seen
   assert keys != other_keys  # fresh from entropy
+  assert (results[0].details['features'], results[0].details['layers']) == ('pixels', None)
   said = results[0].details['privacy']
   assert said['dataset_size'] == plan.dataset_size == 200 and plan.delta == 1 / 200
   assert said['epsilon']['pld'] == plan.epsilon(4) <= 0.1

@@ -43,3 +43,16 @@ def slow_mlp(x, p):
   h = slow_dense(x, p['mlp_in'])
   h = np.vectorize(lambda a: a * 0.5 * (1 + math.erf(a / math.sqrt(2))))(h)
   return slow_dense(h, p['mlp_out'])
+
+
+def slow_blocks(x, params, heads):
+  """What comes out of every block of an encoder, and the last of it after the norm."""
+  outs = []
+  for i in range(sum(name.startswith('block_') for name in params)):
+    b = params[f'block_{i}']
+    qkv = slow_dense(slow_norm(x, b['attention_norm'], 1e-6), b['attention_qkv'])
+    h = slow_attention(*np.split(qkv, 3, axis=1), heads, causal=False)
+    x = x + slow_dense(h, b['attention_out'])
+    x = x + slow_mlp(slow_norm(x, b['mlp_norm'], 1e-6), b)
+    outs.append(x)
+  return outs, slow_norm(x, params['norm'], 1e-6)

@@ -13,6 +13,7 @@ from dpcap.models import SIZES, Captioner, make_model
 from dpcap.models.positions import image_positions, text_positions
 from tests.models.slow import (
   slow_attention,
+  slow_blocks,
   slow_dense,
   slow_image_position,
   slow_mlp,
@@ -71,7 +72,7 @@ def run_all(model, variables, image, tokens):
   return (
     model.apply(variables, image, method='encode'),
     memory,
-    model.apply(variables, image, method='features'),
+    tuple(model.apply(variables, image, of=of, method='features') for of in Captioner.FEATURES),
     model.apply(variables, memory, tokens[..., :-1], method='decode'),
     model.apply(variables, image, tokens),
   )
@@ -93,18 +94,11 @@ def slow_encoder(image, params, frozen):
         + p['patch_projection']['bias']
         + slow_image_position(r, c, SHAPE['width'])
       )
-  x = np.stack(tokens) + f['type_embedding']
-  for i in range(SHAPE['depth']):
-    b = p[f'block_{i}']
-    qkv = slow_dense(slow_norm(x, b['attention_norm'], 1e-6), b['attention_qkv'])
-    h = slow_attention(*np.split(qkv, 3, axis=1), SHAPE['heads'], causal=False)
-    x = x + slow_dense(h, b['attention_out'])
-    x = x + slow_mlp(slow_norm(x, b['mlp_norm'], 1e-6), b)
-  return slow_norm(x, p['norm'], 1e-6)
+  return slow_blocks(np.stack(tokens) + f['type_embedding'], p, SHAPE['heads'])
 
 
-def slow_memory(image, params, frozen):
-  x = slow_dense(slow_encoder(image, params, frozen), params['memory_projection'])
+def slow_memory(image, encoded, params, frozen):
+  x = slow_dense(encoded, params['memory_projection'])
   columns = image.shape[1] // SHAPE['patch_size']
   for t in range(1, len(x)):
     x[t] += slow_image_position(*divmod(t - 1, columns), SHAPE['decoder_width'])
@@ -142,12 +136,17 @@ def test_agrees_with_the_slow_version_in_float64(images, variables):
     image, tokens = images[0].astype(np.float64), TOKENS[0]
     model = Captioner(**SHAPE, dtype=jnp.float64)
     encoder, memory, features, logits, loss = run_all(model, wide, image, tokens)
-  assert loss.dtype == features.dtype == np.float64
+  assert {x.dtype for x in (loss, *features)} == {np.dtype(np.float64)}
   close = dict(rtol=1e-10, atol=1e-10)
-  np.testing.assert_allclose(encoder, slow_encoder(image, **wide), **close)
-  expected = slow_memory(image, **wide)
+  blocks, encoded = slow_encoder(image, **wide)
+  np.testing.assert_allclose(encoder, encoded, **close)
+  expected = slow_memory(image, encoded, **wide)
   np.testing.assert_allclose(memory, expected, **close)
-  np.testing.assert_allclose(features, expected.mean(axis=0), **close)
+  projected = slow_dense(encoded, wide['params']['memory_projection'])
+  for found, tokens_TxD in zip(features, (expected, encoded, projected)):
+    np.testing.assert_allclose(found, tokens_TxD.mean(axis=0), **close)
+  of_blocks = np.concatenate([x[1:].mean(axis=0) for x in blocks])
+  np.testing.assert_allclose(features[3], of_blocks, **close)
   expected = slow_logits(expected, tokens[:-1], **wide)
   np.testing.assert_allclose(logits, expected, **close)
   np.testing.assert_allclose(loss, slow_loss(expected, tokens[1:]), **close)
@@ -259,10 +258,10 @@ def test_bfloat16_keeps_parameters_loss_and_features_float32(images, variables):
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(shapes))
   _, memory, features, logits, loss = run_all(model, variables, images, TOKENS)
   assert memory.dtype == logits.dtype == jnp.bfloat16
-  assert loss.dtype == features.dtype == jnp.float32
+  assert {x.dtype for x in (loss, *features)} == {jnp.dtype(jnp.float32)}
   np.testing.assert_allclose(loss, apply(variables, images, TOKENS), rtol=0.03)
   expected = apply(variables, images, method='features')
-  np.testing.assert_allclose(features, expected, atol=0.05)
+  np.testing.assert_allclose(features[0], expected, atol=0.05)
 
 
 # --- Errors.

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from dpcap.errors import UserError
-from dpcap.models import MAE, SIZES, unstack_blocks
+from dpcap.models import MAE, SIZES, Captioner, unstack_blocks
 from dpcap.models.mae import mask_noise
-from tests.models.slow import (
-  slow_attention,
-  slow_dense,
-  slow_image_position,
-  slow_mlp,
-  slow_norm,
-)
+from tests.models.slow import slow_blocks, slow_dense, slow_image_position
 
 SHAPE = dict(
   patch_size=4,
@@ -66,7 +60,7 @@ run = jax.jit(outputs, static_argnums=0)
 loss = jax.jit(MODEL.apply)
 
 
-# --- Agreement with a version written from the papers, one token at a time, for each of the removed.
+# --- Agreement with a version written from the papers, one patch and one token at a time.
 
 
 def slow_patches(image):
@@ -77,19 +71,6 @@ def slow_patches(image):
     for r in range(rows)
     for c in range(columns)
   ]
-
-
-def slow_blocks(x, params, heads):
-  """What comes out of every block, and the last of it after the norm."""
-  outs = []
-  for i in range(sum(name.startswith('block_') for name in params)):
-    b = params[f'block_{i}']
-    qkv = slow_dense(slow_norm(x, b['attention_norm'], 1e-6), b['attention_qkv'])
-    h = slow_attention(*np.split(qkv, 3, axis=1), heads, causal=False)
-    x = x + slow_dense(h, b['attention_out'])
-    x = x + slow_mlp(slow_norm(x, b['mlp_norm'], 1e-6), b)
-    outs.append(x)
-  return outs, slow_norm(x, params['norm'], 1e-6)
 
 
 def slow_encoder(image, p, positions, kept):
@@ -264,3 +245,23 @@ def test_initial_values(images):
     assert not np.any(params[part]['positions'][0])
   tokens = np.concatenate([params['encoder']['class_token'], params['decoder']['mask_token']])
   assert 0.015 < np.std(tokens) < 0.025
+
+
+def test_the_captioners_encoder_is_the_same_to_the_last_number(images):
+  """Trained as an autoencoder, it is what a captioner can start from."""
+  shape = {name: x for name, x in SHAPE.items() if name != 'mask_ratio'}
+  captioner = Captioner(vocab_size=7, **shape)
+  mae = MAE(**SHAPE, encoder_of='captioner')
+  tokens = np.ones((3, 4), np.int32)
+  theirs = jax.jit(captioner.init)(jax.random.key(0), images, tokens)
+  ours = jax.jit(mae.init)(jax.random.key(1), images, KEYS)
+  for collection in ('params', 'frozen'):
+    encoders = [variables[collection]['encoder'] for variables in (ours, theirs)]
+    assert jax.tree.map(jnp.shape, encoders[0]) == jax.tree.map(jnp.shape, encoders[1])
+    ours[collection] |= {'encoder': encoders[1]}
+  tokens = [
+    jax.jit(model.apply, static_argnames='method')(variables, images, method='encode')
+    for model, variables in ((mae, ours), (captioner, theirs))
+  ]
+  np.testing.assert_allclose(*tokens, rtol=0, atol=1e-6)
+  assert np.isfinite(jax.jit(mae.apply)(ours, images, KEYS)).all()

@@ -8,7 +8,7 @@ import pytest
 
 from dpcap import models
 from dpcap.errors import UserError
-from dpcap.models import official
+from dpcap.models import official, reference_weights
 from dpcap.models.reference_names.captioner import UNUSED
 from dpcap.models.sizes import SIZES
 from dpcap.models.weight_files import save_weights
@@ -85,6 +85,17 @@ def test_what_is_exported_is_all_that_the_reference_has(arrays):
     assert not arrays[name].any()
 
 
+@pytest.mark.parametrize('size, count', [('nano', 20_906_106), ('large', 407_807_802)])
+def test_as_many_numbers_are_exported_as_the_reference_has(size, count):
+  """Sander et al.'s models count so many, frozen ones included, at text length 40."""
+  model = models.make_model('captioner', size=size, image_size=224, vocab_size=30_522)
+  inputs = np.zeros((224, 224, 3)), np.zeros(40, int)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  variables = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+  arrays = reference_weights.state_dict(variables, model, 224, 40)
+  assert sum(x.size for x in arrays.values()) == count
+
+
 def test_a_checkpoint_of_another_model_is_not_exported(variables):
   for keys in (KEYS | {'size': 'demo'}, KEYS | {'patch_size': 4}):
     with pytest.raises(UserError, match='not those of their config'):
@@ -130,7 +141,7 @@ def test_every_size_and_text_length_is_told_from_shapes(name, text_length):
     ({'pos_embed': (1, 4, 16)}, "'pos_embed' has 4 tokens"),
     ({'pos_embed': (1, 1, 16)}, "'pos_embed' has 1 tokens"),
     ({'decoder_embed.weight': (16,)}, r"'decoder_embed.weight' has shape \(16,\); .* 2 axes"),
-    ({'blocks.7.norm1.bias': (16,)}, r'of no known size \(width 16, depth 2, .*micro, demo, nano'),
+    ({'blocks.7.norm1.bias': (16,)}, r'of no known size \(width 16, depth 2, .*allowed: micro, demo'),
     ({'patch_embed.proj.weight': (16, 3, 0, 0)}, 'patches have 0 pixels'),
   ],
 )

@@ -230,7 +230,7 @@ def test_a_pth_is_read_by_the_loader_of_tensors_alone(tmp_path, torch, wrap):
   'content, message',
   [
     (
-      pickle.UnpicklingError('Set weights_only=False.\nUnsupported global: GLOBAL posix.system was'),
+      pickle.UnpicklingError('Set weights_only=False.\nUnsupported: GLOBAL posix.system was'),
       r'holds more than tensors, or is damaged \(it names posix.system\)',
     ),
     (RuntimeError('PytorchStreamReader failed\nmore'), r'\(PytorchStreamReader failed\)'),

@@ -334,6 +334,24 @@ def test_without_a_mask_all_examples_count(rng, strategy):
   np.testing.assert_allclose(actual.norms, norms, rtol=1e-5)
 
 
+@pytest.mark.parametrize('clip_function', [privacy.Clip(), privacy.Automatic()])
+@pytest.mark.parametrize('clip_norm', [1e-12, 1.0, 1e4])
+def test_what_is_flushed_finds_room_within_clip_norm(rng, monkeypatch, clip_norm, clip_function):
+  # At clip_norm 1e-12, gradients of 1e19 over a thousand tokens flush several hundredths of it.
+  monkeypatch.setitem(clipping.CLIPPING_STRATEGIES, 'factors', lambda *args: args[-1])
+  factor_of = privacy.clipped_sum(
+    loss_fn, make_params(rng), make_batch(rng), clip_norm=clip_norm, clip_function=clip_function,
+    strategy='factors',
+  )  # fmt: skip
+  norms, flushed = np.meshgrid(np.geomspace(1e-3, 1e19, 23), [0, 1e-6, 0.03, 0.5, 1, 7])
+  factors = np.float64(factor_of(jnp.float32(norms), jnp.float32(flushed * clip_norm)))
+  # A weight of zero flushes nothing.
+  contributions = factors * norms / clip_norm + flushed * (factors > 0)
+  assert np.max(contributions) <= MARGIN
+  # And no more than it takes.
+  np.testing.assert_allclose(contributions[:4, -1], 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize('clip_norm', [0.0, -1.0, 1e-13, INF, NAN])
 def test_a_wrong_clip_norm_is_refused(rng, clip_norm):
   with pytest.raises(ValueError, match=f'clip_norm is {clip_norm}.*finite and at least'):

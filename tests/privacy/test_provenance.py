@@ -118,7 +118,8 @@ def test_an_accountant_that_covers_one_run_alone_has_no_sum():
   first = statement()
   first['epsilon'] = {'pld': 1.5, 'rdp': None}
   made = statement(start=first)
-  assert made['init']['composed']['epsilon'] == {'pld': pytest.approx(1.5 + OWN['pld']), 'rdp': None}
+  total = {'pld': pytest.approx(1.5 + OWN['pld']), 'rdp': None}
+  assert made['init']['composed']['epsilon'] == total
   first['epsilon'] = {'pld': None, 'rdp': None}
   assert not statement(start=first)['init']['covered']
 

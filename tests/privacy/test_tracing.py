@@ -172,3 +172,78 @@ def test_a_rule_that_takes_one_example_after_the_other_is_known(strategy):
     loss_fn, jnp.ones(3), jnp.ones((2, 3)), clip_norm=1.0, strategy=strategy
   )
   np.testing.assert_allclose(result.norms, np.sqrt(12) * np.ones(2), rtol=1e-6)
+
+
+@every_strategy
+@pytest.mark.parametrize('remat', [False, True])
+def test_numbers_of_a_shared_generator_are_refused(strategy, remat):
+  def loss_fn(p, x):
+    return jnp.sum(p * x * jax.lax.rng_uniform(0.0, 1.0, x.shape))
+
+  with pytest.raises(privacy.MixedExamplesError, match='rng_uniform'):
+    privacy.clipped_sum(
+      jax.checkpoint(loss_fn) if remat else loss_fn,
+      jnp.ones(3),
+      jnp.ones((2, 3)),
+      clip_norm=1.0,
+      strategy=strategy,
+    )
+
+
+def noisy_loss(impl):
+  """A loss of an example that brings its key along."""
+
+  def loss_fn(p, example):
+    # Keys of threefry2x32 are half as long.
+    data = example['key'][:2] if impl == 'threefry2x32' else example['key']
+    noise = jax.random.normal(jax.random.wrap_key_data(data, impl=impl), p.shape)
+    return jnp.sum(p * example['x'] * noise)
+
+  return loss_fn
+
+
+def examples_with_keys():
+  rng = np.random.default_rng(0)
+  key = rng.integers(2**32, size=(4, 4), dtype=np.uint32)
+  return {'x': np.float32(rng.normal(size=(4, 3))), 'key': key}
+
+
+@every_strategy
+@pytest.mark.parametrize('impl', ['rbg', 'unsafe_rbg'])
+def test_keys_that_draw_for_the_whole_batch_are_refused(strategy, impl):
+  with pytest.raises(privacy.MixedExamplesError, match='random_bits of key<u?rbg>'):
+    privacy.clipped_sum(
+      noisy_loss(impl), jnp.ones(3), examples_with_keys(), clip_norm=1.0, strategy=strategy
+    )
+
+
+def test_the_generator_that_those_keys_are_made_of_is_refused_too():
+  def loss_fn(p, example):
+    _, bits = jax.lax.rng_bit_generator(example['key'], p.shape)
+    return jnp.sum(p * example['x'] * bits)
+
+  with pytest.raises(privacy.MixedExamplesError, match='rng_bit_generator'):
+    privacy.clipped_sum(loss_fn, jnp.ones(3), examples_with_keys(), clip_norm=1.0)
+
+
+@every_strategy
+def test_an_example_draws_from_its_own_key(strategy):
+  batch = examples_with_keys()
+
+  @jax.jit
+  def norms_of(batch):
+    loss_fn = noisy_loss('threefry2x32')
+    return privacy.clipped_sum(loss_fn, jnp.ones(3), batch, clip_norm=1.0, strategy=strategy).norms
+
+  others = batch | {'key': batch['key'] ^ np.uint32([[1], [1], [1], [0]])}
+  before, after = norms_of(batch), norms_of(others)
+  assert before[3] == after[3]
+  assert np.all(before[:3] != after[:3])
+
+
+def test_the_check_sees_examples_that_draw_from_the_key_of_the_first(monkeypatch):
+  monkeypatch.setattr('dpcap.privacy.tracing._way_around', lambda eqn, axes: None)
+  with pytest.raises(privacy.ClippingMismatch, match='change with its company'):
+    privacy.check_clipping(
+      noisy_loss('rbg'), jnp.ones(3), examples_with_keys(), strategy='vmap'
+    )

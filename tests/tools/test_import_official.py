@@ -105,7 +105,8 @@ def test_npz_as_tools_make_oracle_writes_it(weights, tmp_path):
 
 def test_a_model_of_scanned_blocks_is_exported_alike(weights, imported, tmp_path, monkeypatch):
   """What a checkpoint holds then is stacked."""
-  model = models.make_model('captioner', size='micro', image_size=16, vocab_size=25, scan_blocks=True)
+  keys = dict(size='micro', image_size=16, vocab_size=25, scan_blocks=True)
+  model = models.make_model('captioner', **keys)
   like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((16, 16, 3)), np.zeros(8, int))
   stacked = models.stack_blocks(weights[1], like)
   assert 'blocks' in stacked['params']['encoder']

@@ -275,6 +275,33 @@ def test_each_question_has_its_verdict(tmp_path):
   assert 'raw pixels count cannot' in counted
 
 
+def test_probes_of_other_layers_are_not_compared_but_pixels_with_all(tmp_path):
+  layers = ('memory', 'all_blocks', 'all_blocks')
+  names = ('private_features', 'untrained', 'deep')
+
+  def change(config):
+    for name in names:
+      config.evals[name] = config_lib.evaluator_config(
+        'linear_probe', train=source('validation'), test=source('test')
+      )
+
+  probes_of = (
+    probe('model', 0.9, [0.88, 0.92]),
+    probe('untrained', 0.95, [0.94, 0.96]),
+    probe('model', 0.87, [0.85, 0.89]),
+  )
+  found = {name: x | {'layers': of} for name, x, of in zip(names, probes_of, layers)}
+  found |= {'raw_pixels': EVALS['raw_pixels'] | {'layers': None}}
+  groups = probes.comparable(read_run(write_run(tmp_path, evals=found, change=change)))
+  said = [[record['name'] for record in group] for group in groups]
+  assert said == [['deep', 'untrained', 'raw_pixels'], ['private_features', 'raw_pixels']]
+  assert [probes.features(record) for record in groups[0]] == [
+    'model, all blocks',
+    'untrained, all blocks',
+    'pixels',
+  ]
+
+
 def test_other_metrics_have_a_table(tmp_path):
   aro = {'metric': 'accuracy', 'value': 0.625, 'n': 8, 'interval95': [0.3, 0.9], 'chance': 0.5}
   text = plain(public(tmp_path, evals={'aro': aro}))

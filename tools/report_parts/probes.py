@@ -8,18 +8,30 @@ from tools.report_parts.run import Run
 
 
 def comparable(run: Run) -> list[list[dict[str, Any]]]:
-  """The probes of a run in groups with the same train and test sources.
+  """The probes of a run in groups with the same train and test sources, and layers of a model.
 
-  The model's own features come first in a group, then the best.
+  What is not of a model (pixels) is in each. The model's own features come first in a group, then the
+  best.
   """
-  groups = {}
-  for record in run.evals.values():
-    if not is_probe(record):
-      continue
-    sources = json.dumps([record['options']['train'], record['options']['test']])
-    groups.setdefault(sources, []).append(record)
+  records = [record for record in run.evals.values() if is_probe(record)]
+  sources = lambda record: json.dumps([record['options']['train'], record['options']['test']])
+  of_models = [record for record in records if record['features'] in ('model', 'untrained')]
+  groups = dict.fromkeys((sources(record), record.get('layers')) for record in of_models)
+  compared = {source for source, _ in groups}
+  groups |= {(sources(record), None): None for record in records if sources(record) not in compared}
   order = lambda record: (not is_own(record), -record['value'])
-  return [sorted(group, key=order) for group in groups.values()]
+  return [
+    sorted(
+      (
+        record
+        for record in records
+        if sources(record) == source
+        and (record not in of_models or record.get('layers') == layers)
+      ),
+      key=order,
+    )
+    for source, layers in groups
+  ]
 
 
 def is_probe(record: dict[str, Any]) -> bool:
@@ -30,6 +42,11 @@ def is_probe(record: dict[str, Any]) -> bool:
 def is_own(record: dict[str, Any]) -> bool:
   """Whether the features are those of the trained model."""
   return record['features'] == 'model'
+
+
+def features(record: dict[str, Any]) -> str:
+  """What was probed: of which model, and which of its layers, where the result tells."""
+  return ', '.join(filter(None, [record['features'], record.get('layers')])).replace('_', ' ')
 
 
 def title(record: dict[str, Any]) -> str:

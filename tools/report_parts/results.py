@@ -46,7 +46,7 @@ def _probe_group(group: Sequence[dict[str, Any]]) -> str:
   classes = first['classes']
   names = f' ({escape(", ".join(classes))})' if len(classes) <= _LISTED_CLASSES else ''
   chance = 1 / len(classes)
-  rows = ''.join(_row(record, record['features'], chance, _own(record)) for record in group)
+  rows = ''.join(_row(record, escape(probes.features(record)), chance, _own(record)) for record in group)
   drawn = group if len(classes) <= _DRAWN_CLASSES else ()
   return (
     f'<div class="group"><p class="verdict">{escape(probes.verdict(group))}</p><p class="about">'
@@ -74,8 +74,7 @@ def _others(records: Sequence[dict[str, Any]]) -> str:
 
 def _what(record: dict[str, Any]) -> str:
   metric = record['metric'].replace('_', ' ')
-  other = record.get('features', 'model') != 'model'
-  return f'{metric}, {record["features"]}' if other else metric
+  return f'{metric}, {probes.features(record)}' if 'features' in record else metric
 
 
 def _by_shots(record: dict[str, Any]) -> str:

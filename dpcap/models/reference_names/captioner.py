@@ -3,8 +3,8 @@
 from dpcap.models.captioner import Captioner
 from dpcap.models.reference_names.names import SAME, TOKEN, Names, patch_layout
 
-# In every official checkpoint, but no output of DP-Cap depends on them: name -> (whether it has a row
-# for each token of a text, the model's attribute that is its width).
+# In every official checkpoint, but no output of DP-Cap depends on them: name -> (whether it has a
+# row for each token of a text, the model's attribute that is its width).
 UNUSED = {
   'text_pos_embed': (True, 'width'),
   'encoder_text_type_embedding': (False, 'width'),
