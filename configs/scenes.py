@@ -23,7 +23,14 @@ SCALES = ('cpu', 'smoke')
 # The paper's sizes; width grows with them, by half the way.
 _SIZES = {'nano': 'micro', 'tiny': 'micro', 'small': 'demo', 'base': 'demo', 'large': 'demo_wide'}
 
-_PROBES = {'linear_probe': 'model', 'untrained': 'untrained', 'hog': 'hog', 'pixels': 'pixels'}
+# name -> features, and layers of a model's
+_PROBES = {
+  'linear_probe': ('model', None),
+  'all_blocks': ('model', 'all_blocks'),
+  'untrained': ('untrained', None),
+  'hog': ('hog', None),
+  'pixels': ('pixels', None),
+}
 _LABELS = ('count', 'shape', 'color', 'color_shape')
 EVALUATIONS = (
   *(f'{label}_{what}' for label in _LABELS for what in (*_PROBES, 'few_shot')),
@@ -109,4 +116,5 @@ def _evaluation(name, train_size, test_size, few):
   )
   if what == 'few_shot':
     return config_lib.evaluator_config('few_shot', **pair)
-  return config_lib.evaluator_config('linear_probe', **pair, features=_PROBES[what])
+  features, layers = _PROBES[what]
+  return config_lib.evaluator_config('linear_probe', **pair, features=features, layers=layers)

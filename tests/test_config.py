@@ -23,6 +23,7 @@ _EXPERIMENTS = [
   'vip:script',
   'mae:tiny',
   'textures',
+  'textures:small,for_vip',
   'tan:cifar10',
   'tan:imagenet,calibrated',
   'scenes:vip,count_linear_probe',

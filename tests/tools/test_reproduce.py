@@ -154,8 +154,8 @@ def test_a_run_starts_from_its_stage_which_is_trained_first(tmp_path, started):
   runs = study.Study('smoke', tmp_path)
   runs.prepare([row])
   stage, run, evaluation = started.commands
-  assert '--config=configs/scenes.py:smoke,textures,base' in stage
-  assert f'--config.train.init={runs.folder("textures:base")}' in run
+  assert '--config=configs/scenes.py:smoke,textures,base,for_dpcap' in stage
+  assert f'--config.train.init={runs.folder("textures:base,for_dpcap")}' in run
   assert runs.measure(row)['value'] == 0.6 and 'dpcap.evaluate' in evaluation
 
 
@@ -165,7 +165,7 @@ def test_without_its_stage_a_run_is_not_started(tmp_path, started):
   runs = study.Study('smoke', tmp_path)
   runs.prepare([row])
   assert len(started.commands) == 1
-  assert 'textures:base, which it starts from: training ended' in runs.measure(row)['why']
+  assert 'textures:base,for_vip, which it starts from: training ended' in runs.measure(row)['why']
 
 
 def test_epsilon_is_the_tightest_of_the_statement_none_without_privacy_and_0_without_training(

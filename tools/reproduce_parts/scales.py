@@ -43,8 +43,9 @@ def stage_of(scale: str, run: str) -> str | None:
   """The run whose weights another one starts from; None: it starts from none."""
   if load(training_config(scale, run)).train.init is None:
     return None
-  sizes = [word for word in run.partition(':')[2].split(',') if word in dpcap.SIZES]
-  return f'textures:{"".join(sizes)}'.rstrip(':')
+  file, _, words = run.partition(':')
+  sizes = [word for word in words.split(',') if word in dpcap.SIZES]
+  return f'textures:{",".join([*sizes, f"for_{file}"])}'
 
 
 def load(config: str) -> ml_collections.ConfigDict:

@@ -75,7 +75,7 @@ class Study:
     part = record if row.shots is None else record['shots'][str(row.shots)]
     low, high = part['interval95']
     found = {'value': part['value'], 'low': low, 'high': high}
-    return measured | found | {'n': record['n'], 'chance': record['chance']}
+    return measured | found | {key: record.get(key) for key in ('n', 'chance', 'layers')}
 
   def folder(self, run: str) -> pathlib.Path:
     """The workdir of a run."""

@@ -20,7 +20,7 @@ def _rows(scale):
   return [
     Row(
       name,
-      run if 'no privacy' in name else f'{run},{STAGE[scale]}',
+      f'{run},{STAGE[scale]}',
       f'{dataset}_few_shot',
       f'{dataset}, {shots} per class',
       shots,

@@ -17,11 +17,15 @@ _BASELINES = (('untrained encoder', 'untrained'), ('HOG', 'hog'), ('pixels', 'pi
 
 def _rows(scale):
   rows, first = [], DATASETS[scale][0]
+  staged = lambda run: run if run.startswith('mae') else f'{run},{STAGE[scale]}'
   for dataset in DATASETS[scale]:
     for name, run, paper in _MODELS:
-      run = run if 'no privacy' in name else f'{run},{STAGE[scale]}'
       known = dict(paper=paper, source=_ABSTRACT) if paper and dataset == first else {}
-      rows.append(Row(name, run, f'{dataset}_linear_probe', dataset, **known))
+      rows.append(Row(name, staged(run), f'{dataset}_linear_probe', dataset, **known))
+    # Probes of all blocks stand by themselves: they are not to be compared with the others.
+    for name, run, _ in _MODELS if dataset == first else ():
+      if scale != 'paper' or run.startswith(('vip', 'mae')):
+        rows.append(Row(name, staged(run), f'{dataset}_all_blocks', f'{dataset}, all blocks'))
     # The paper's protocol probes augmented views, of the model only.
     for name, features in _BASELINES if scale != 'paper' else ():
       rows.append(Row(name, 'dpcap:base', f'{dataset}_{features}', dataset, trained=False))
@@ -36,8 +40,12 @@ def _findings(rows):
       row,
     )
     for row in rows
-    if row['name'] == 'ViP' or row['epsilon'] == 0
+    if (row['name'] == 'ViP' or row['epsilon'] == 0) and _has(rows, 'DP-Cap', row['group'])
   ]
+
+
+def _has(rows, name, group):
+  return any((row['name'], row['group']) == (name, group) for row in rows)
 
 
 TABLE = Table('Linear probes', _rows, _findings)

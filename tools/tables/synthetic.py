@@ -8,7 +8,7 @@ _RUNS = (
   ('DP-Cap from the stage', 'dpcap:base,synthetic'),
   ('ViP from scratch', 'vip:base'),
   ('ViP from the stage', 'vip:base,synthetic'),
-  ('the stage alone', 'textures:base'),
+  ('the stage alone', 'textures:base,for_vip'),
 )
 _FINDINGS = (
   ('the synthetic stage helps DP-Cap', 'DP-Cap from the stage', 'DP-Cap from scratch'),
