@@ -6,10 +6,11 @@
     python -m dpcap.evaluate --config=configs/evaluations.py:imagenet@dpcap:large ...
 
 What follows the @ is the experiment that was trained, a file of configs/ with its argument; without
-it the main run of dpcap.py. TFDS data sets must have been prepared as array_record; others are image
-folders, whose place follows the name (else it is the name). ImageNet's readable class names come with
-its download: give evals.imagenet_zero_shot.labels_file. That a run on tar shards is apart from these cannot
-be seen; say --config.evals.NAME.apart=True where you know it, or the results are private.
+it the main run of dpcap.py. TFDS data sets must have been prepared as array_record; others are
+image folders, whose place follows the name (else it is the name). ImageNet's readable class names
+come with its download: give evals.imagenet_zero_shot.labels_file. That a run on tar shards is apart
+from these cannot be seen; say --config.evals.NAME.apart=True where you know it, or the results are
+private.
 """
 
 import importlib

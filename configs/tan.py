@@ -1,4 +1,4 @@
-"""TAN's classifiers, trained privately from scratch (Sander et al. 2023, arXiv 2210.03403, and its code).
+"""TAN's classifiers, trained privately from scratch (Sander et al. 2023, arXiv 2210.03403).
 
     --config=configs/tan.py:cifar10           WRN-16-4, epsilon 7.10 by RDP
     --config=configs/tan.py:imagenet          NF-ResNet-50, epsilon 7.98 by RDP

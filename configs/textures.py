@@ -5,8 +5,8 @@
 
 For ViP, whose encoder differs by some biases, the first is configs/textures.py:base,for_vip.
 
-The word `synthetic` of dpcap.py and vip.py starts from that workdir. The textures stand for Shaders21k
-(Baradad et al. 2022), which the papers' stage is trained on; its length is ours.
+The word `synthetic` of dpcap.py and vip.py starts from that workdir. The textures stand for
+Shaders21k (Baradad et al. 2022), which the papers' stage is trained on; its length is ours.
 """
 
 from configs import mae

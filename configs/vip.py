@@ -1,11 +1,12 @@
-"""ViP, the private masked autoencoder that DP-Cap is compared with (Yu et al. 2024, arXiv 2306.08842).
+"""ViP, the private masked autoencoder that DP-Cap is compared with (Yu et al. 2024).
 
     --config=configs/vip.py                         the paper's run: epsilon 8 by RDP
     --config=configs/vip.py:small,calibrated        sigma by PLD at that epsilon
     --config=configs/vip.py:script                  the recipe as it was released
 
-On ImageNet-1K, as the released script has it, its noise is no useful epsilon (453 by PLD): here it is on
-the same pairs as DP-Cap, whose captions it does not read. configs/README.md lists the words.
+Source: arXiv 2306.08842 and its code. On ImageNet-1K, as the released script has it, its noise is no
+useful epsilon (453 by PLD): here it is on the same pairs as DP-Cap, whose captions it does not
+read. configs/README.md lists the words.
 """
 
 from configs import dpcap

@@ -3,16 +3,17 @@
     python -m tools.reproduce TABLE --scale=smoke|cpu|paper --workdir=DIR [--launch=COMMAND]
 
 A table is a file of tools/tables/. The scale `cpu` trains the experiments scaled down to generated
-scenes (configs/scenes.py), `smoke` the same in seconds, which shows that all works and nothing else.
-`paper` is configs/dpcap.py and the like: it prints the commands, and with --launch starts the trainings
-through a launcher (--launch='launch/slurm.sh --nodes=4 --gpus_per_node=8'); results that are there are
-read. SIGTERM stops with status 143, and the same command goes on: runs and evaluations that are done,
-also by other tables, are not done again. A row that fails has no value and says why.
+scenes (configs/scenes.py), `smoke` the same in seconds, which shows that all works and nothing
+else. `paper` is configs/dpcap.py and the like: it prints the commands, and with --launch starts the
+trainings through a launcher (--launch='launch/slurm.sh --nodes=4 --gpus_per_node=8'); results that
+are there are read. SIGTERM stops with status 143, and the same command goes on: runs and
+evaluations that are done, also by other tables, are not done again. A row that fails has no value
+and says why.
 
-DIR/TABLE.md, .json and .png hold the table; DIR/runs the runs. The last line on stdout is JSON: {"table",
-"scale", "rows": [{"name", "group", "paper", "source", "value", "low", "high" (95%), "epsilon" (null:
-infinite), "n", "chance", "layers", "run", "evaluation", "why"}], "findings": [{"name", "holds" (true,
-false or null), "why"}]}.
+DIR/TABLE.md, .json and .png hold the table; DIR/runs the runs. The last line on stdout is JSON:
+{"table", "scale", "rows": [{"name", "group", "paper", "source", "value", "low", "high" (95%),
+"epsilon" (null: infinite), "n", "chance", "layers", "run", "evaluation", "why"}], "findings":
+[{"name", "holds" (true, false or null), "why"}]}.
 """
 
 import dpcap.ending  # noqa: F401, I001  before what takes long

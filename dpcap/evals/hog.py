@@ -1,8 +1,8 @@
 """Histograms of oriented gradients (Dalal and Triggs 2005): features that nothing was trained for.
 
 As scikit-image computes them with block_norm='L2-Hys' and channel_axis=-1: the colour with the
-steepest gradient counts, every pixel votes for one of nine unsigned orientations in its cell, and blocks
-of 2 x 2 cells are normalised. In JAX, for they are computed batch by batch beside other features.
+steepest gradient counts, every pixel votes for one of nine unsigned orientations in its cell, and
+blocks of 2 x 2 cells are normalised. In JAX, for they are computed batch by batch beside others.
 """
 
 import jax

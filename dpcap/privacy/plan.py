@@ -99,7 +99,8 @@ class PrivacyPlan:
         ('clip_norm', clipping.SMALLEST_CLIP_NORM),
       ):
         if not least <= getattr(run, name) < math.inf:
-          raise ValueError(f'{name} is {getattr(run, name)}; it must be finite and at least {least}')
+          value = getattr(run, name)
+          raise ValueError(f'{name} is {value}; it must be finite and at least {least}')
     elif self.noise_multiplier != 0:
       raise ValueError(
         f"noise_multiplier is {self.noise_multiplier}; with mechanism 'none' it must be 0"

@@ -17,8 +17,8 @@ def _image():
 def test_features_are_those_of_scikit_image():
   # skimage.feature.hog 0.26 with pixels_per_cell=(4, 4), cells_per_block=(2, 2): the first block.
   expected = (
-    '0.07416 0.08913 0.12361 0.16584 0.09889 0 0 0 0 0.09889 0.25593 0.16481 0.11056 0 0.08735 0 0 0'
-    ' 0.46347 0 0.33413 0.19817 0.46347 0.12796 0 0 0 0 0 0 0 0.46347 0 0 0 0'
+    '0.07416 0.08913 0.12361 0.16584 0.09889 0 0 0 0 0.09889 0.25593 0.16481 0.11056 0 0.08735 0'
+    ' 0 0 0.46347 0 0.33413 0.19817 0.46347 0.12796 0 0 0 0 0 0 0 0.46347 0 0 0 0'
   )
   (found,) = np.asarray(hog(jnp.asarray(_image())[None], cell=4))
   assert found.shape == (3 * 3 * 36,)

@@ -3,6 +3,7 @@
 import math
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -71,6 +72,22 @@ def test_the_runs_that_dp_cap_is_compared_with_give_their_figures(config, rdp):
   else:
     assert round(epsilon, 2) == rdp
   build.make_model(config, vocab_size=50)
+
+
+@pytest.mark.parametrize('experiment, part', [('dpcap', 'encoder'), ('vip', None)])
+def test_the_stage_has_the_weights_of_whom_it_is_for(experiment, part):
+  """Names and shapes, as `train.init` compares them."""
+  found = []
+  for words in (f'{experiment},synthetic', f'textures,for_{experiment}'):
+    config = scenes.get_config(words)
+    model = build.make_model(config, vocab_size=50)
+    example = build.synthetic_examples(config, vocab_size=50, count=1)
+    example['image'] = data.normalize(example['image'])
+    inputs = [example[name] for name in model.INPUTS]
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    found.append({kind: tree[part] if part else tree for kind, tree in variables.items()})
+    assert config.train.init_parts == (('all',) if not part or 'textures' in words else (part,))
+  assert jax.tree.map(lambda x: x.shape, found[0]) == jax.tree.map(lambda x: x.shape, found[1])
 
 
 def test_the_study_scaled_down_keeps_its_proportions():

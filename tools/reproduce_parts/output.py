@@ -57,7 +57,8 @@ def markdown(title: str, table: dict[str, Any], made: dict[str, Any], number: st
   """The table, its findings and how it was made."""
   more = [key for key in _MORE if any(row.get(key) is not None for row in table['rows'])]
   head = ['', 'paper', 'measured', '95% interval', 'epsilon', *(_MORE[key][0] for key in more), 'n']
-  lines = [f'# {title}', '', f'Scale: {table["scale"]}.', '', _line(head), _line(['---'] * len(head))]
+  lines = [f'# {title}', '', f'Scale: {table["scale"]}.', '']
+  lines += [_line(head), _line(['---'] * len(head))]
   for row in table['rows']:
     between = '' if row['low'] is None else f'{row["low"]:{number}} to {row["high"]:{number}}'
     lines.append(
@@ -108,7 +109,7 @@ def _cell(value: float | str | None, number: str) -> str:
 
 
 def draw(path: pathlib.Path, title: str, rows: Sequence[Measured], number: str) -> None:
-  """A dot with its interval for each row, a cross for the paper's figure, a panel for each group."""
+  """A dot with its interval for each row, a cross for the paper's figure; a panel each group."""
   groups = list(dict.fromkeys(row['group'] for row in rows))
   drawing = figure.Figure((7, 0.9 + 0.28 * len(rows) + 0.5 * len(groups)), layout='constrained')
   heights = [sum(row['group'] == group for row in rows) for group in groups]

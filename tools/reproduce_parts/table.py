@@ -63,8 +63,10 @@ class Table:
 
 def unmeasured(row: Row) -> Measured:
   """All keys of a measured row, with what is known before it is measured."""
-  own = {key: getattr(row, key) for key in ('name', 'group', 'paper', 'source', 'run', 'evaluation')}
-  return own | dict.fromkeys(('value', 'low', 'high', 'epsilon', 'n', 'chance', 'layers', 'why'))
+  own = ('name', 'group', 'paper', 'source', 'run', 'evaluation')
+  return {key: getattr(row, key) for key in own} | dict.fromkeys(
+    ('value', 'low', 'high', 'epsilon', 'n', 'chance', 'layers', 'why')
+  )
 
 
 def find(rows: list[Measured], name: str, group: str | None = None) -> Measured:
@@ -89,13 +91,6 @@ def above_chance(name: str, row: Measured) -> Finding:
   """Whether a row lies above the chance level of its evaluation."""
   level = dict.fromkeys(('value', 'low', 'high'), row['chance'])
   return above(name, row, row | {'name': 'chance'} | level)
-
-
-def all_of(name: str, findings: list[Finding]) -> Finding:
-  """Whether all hold; one that fails decides, one that is open leaves it open."""
-  verdicts = [finding.holds for finding in findings]
-  holds = False if False in verdicts else None if None in verdicts else True
-  return Finding(name, holds, '; '.join(finding.why for finding in findings))
 
 
 def said(row: Measured) -> str:

@@ -34,7 +34,7 @@ def _rows(scale):
 
 
 def _measure(study: Study, row: Row) -> Measured:
-  """Epsilon of the run's own noise, and the noise that each accountant asks for the epsilon meant."""
+  """Epsilon of the run's own noise, and the noise that each accountant asks for what is meant."""
   target = next(epsilon for name, _, epsilon, _ in _RUNS if name == row.name)
   plan = study.plan(row.run, 'paper')
   bounds = {name: plan.epsilon(accountant=name) for name in privacy.ACCOUNTANTS}
