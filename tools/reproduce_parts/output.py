@@ -80,7 +80,7 @@ def markdown(title: str, table: dict[str, Any], made: dict[str, Any], number: st
   sources = dict.fromkeys(row['source'] for row in table['rows'] if row['source'])
   lines += ['', f'The paper\'s figures: {"; ".join(sources) or "none is known for certain"}.']
   lines += [
-    'Intervals are those of the test images; a run of other noise differs by more than that.'
+    'Intervals are those of the test images alone: another run of the same config has other noise.'
   ] * any(row['low'] is not None for row in table['rows'])
   lines += ['', f'Commit {made["commit"]}; {made["machine"]}; {made["date"]}.', '']
   commands = made['commands']

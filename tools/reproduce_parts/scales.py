@@ -31,7 +31,8 @@ def training_config(scale: str, run: str) -> str:
 def evaluation_configs(scale: str, run: str, evaluations: Sequence[str]) -> dict[str, list[str]]:
   """The values of --config that evaluate it, each with the names that it gives."""
   if scale != 'paper':
-    return {','.join([training_config(scale, run), *evaluations]): list(evaluations)}
+    config = ','.join([training_config(scale, run), *evaluations])
+    return {config: list(evaluations)} if evaluations else {}
   configs = {}
   for name in evaluations:
     dataset = name.partition('_')[0]

@@ -29,7 +29,7 @@ class Study:
   So tables share them, and what was trained or evaluated before is not done again.
 
   Attributes:
-    commands: what was started, or is to be started by whoever has the machines.
+    commands: all that the rows take, whether done before, started, or for others to start.
   """
 
   def __init__(self, scale: str, workdir: pathlib.Path, launch: str | None = None):
@@ -84,43 +84,47 @@ class Study:
     return self._workdir / 'runs' / hashlib.sha256(fixed.encode()).hexdigest()[:12]
 
   def _train(self, run: str) -> None:
-    config, folder = scales.training_config(self._scale, run), self.folder(run)
-    config_lib.validate(scales.load(config))
-    if self._statement(run).get('steps') == scales.load(config).train.steps:
-      return
-    arguments = [f'--config={config}', f'--workdir={folder}']
+    config = scales.load(scales.training_config(self._scale, run))
+    config_lib.validate(config)
+    arguments = [
+      f'--config={scales.training_config(self._scale, run)}',
+      f'--workdir={self.folder(run)}',
+    ]
     stage = scales.stage_of(self._scale, run)
     if stage:
       arguments.append(f'--config.train.init={self.folder(stage)}')
-      if stage in self._reasons and self._scale != 'paper':
-        self._reasons[run] = f'{stage}, which it starts from: {self._reasons[stage]}'
-        return
-    if self._scale == 'paper':
-      command = [*shlex.split(self._launch or 'python -m dpcap.train')]
-      command += ['--', *arguments] if self._launch else arguments
-      self._start(run, 'training', command, bool(self._launch))
-    else:
-      self._start(run, 'training', [sys.executable, '-m', 'dpcap.train', *arguments])
+    command = ['python', '-m', 'dpcap.train', *arguments]
+    if self._launch:
+      command = [*shlex.split(self._launch), '--', *arguments]
+    self._note(command)
+    if self._statement(run).get('steps') == config.train.steps:
+      return
+    if stage in self._reasons and self._scale != 'paper':
+      self._reasons[run] = f'{stage}, which it starts from: {self._reasons[stage]}'
+      return
+    self._start(run, 'training', command, self._scale != 'paper' or bool(self._launch))
 
   def _evaluate(self, run: str, evaluations: list[str]) -> None:
-    missing = [name for name in evaluations if self._record(run, name) is None]
-    started = self._scale != 'paper'
-    if not missing or (started and run in self._reasons):
-      return
-    python = sys.executable if started else 'python'
-    for config in scales.evaluation_configs(self._scale, run, missing):
+    for config, names in scales.evaluation_configs(self._scale, run, evaluations).items():
       arguments = [f'--config={config}', f'--workdir={self.folder(run)}']
-      self._start(run, 'evaluation', [python, '-m', 'dpcap.evaluate', *arguments], started)
+      command = ['python', '-m', 'dpcap.evaluate', *arguments]
+      self._note(command)
+      if all(self._record(run, name) for name in names):
+        continue
+      if self._scale == 'paper' or run not in self._reasons:
+        self._start(run, 'evaluation', command, self._scale != 'paper')
 
-  def _start(self, run: str, what: str, command: list[str], started: bool = True) -> None:
+  def _note(self, command: list[str]) -> None:
+    self.commands.append(shlex.join(command).replace(str(self._workdir), self._given))
+
+  def _start(self, run: str, what: str, command: list[str], started: bool) -> None:
     """Runs the command with its output shown, or only tells it."""
-    told = shlex.join(['python' if part == sys.executable else part for part in command])
-    told = told.replace(str(self._workdir), self._given)
-    self.commands.append(told)
-    self._say(f'  $ {told}')
+    self._say(f'  $ {self.commands[-1]}')
     if not started:
       self._reasons[run] = 'not run: its commands are printed'
       return
+    if command[0] == 'python':
+      command = [sys.executable, *command[1:]]
     last = 'no word'
     if not self._stopping:
       self._child = subprocess.Popen(

@@ -20,7 +20,7 @@ class Row:
     shots: of an evaluation by images per class, which one; None: the evaluation's own value.
     paper: the paper's figure, None where it is not known for certain.
     source: where that stands.
-    trained: False for what reads no training data, such as raw pixels: its epsilon is 0.
+    trained: False for what no training data made, such as raw pixels: its epsilon is 0.
   """
 
   name: str

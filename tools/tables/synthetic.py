@@ -19,7 +19,10 @@ _FINDINGS = (
 
 def _rows(scale):
   dataset = DATASETS[scale][0]
-  return [Row(name, run, f'{dataset}_linear_probe', dataset) for name, run in _RUNS]
+  return [
+    Row(name, run, f'{dataset}_linear_probe', dataset, trained=not run.startswith('textures'))
+    for name, run in _RUNS
+  ]
 
 
 def _findings(rows):
