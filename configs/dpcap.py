@@ -14,7 +14,7 @@ from dpcap import config as config_lib
 # Pairs in the paper's deduplicated and blurred subset of LAION-2B.
 LAION_233M = 233_804_767
 
-SIZES = {'base': 'base', 'nano': 'nano', 'tiny': 'tiny', 'small': 'small', 'large': 'large'}
+SIZES = ('base', 'nano', 'tiny', 'small', 'large')
 EPSILONS = {
   # word: (epsilon, steps); those of 1 and of the run without privacy are not the paper's
   'epsilon8': (8.0, 5_708),
@@ -51,7 +51,7 @@ def get_config(argument=''):
   size, epsilon, batch, share, noise, simulation, stage = words
   config = config_lib.base_config()
 
-  config.model.size = SIZES[size]
+  config.model.size = size
 
   config.data.source = config_lib.source_config('tar_shards', path='laion233m', caption_key='txt')
   config.data.dataset_size = int(SHARES[share] * LAION_233M)
