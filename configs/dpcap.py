@@ -34,6 +34,7 @@ BATCHES = {
 SHARES = {'100percent': 1.0, '10percent': 0.1, '1percent': 0.01}  # the batch in proportion
 NOISE = {'paper': False, 'calibrated': True}
 SIMULATION = {'real': None, 'simulated': 64}  # see privacy.simulation_divisor
+STAGES = {'scratch': None, 'synthetic': 'runs/textures'}  # the paper's; see textures.py
 
 # (epsilon, batch) -> (sigma, steps)
 _PAPER = {
@@ -44,9 +45,10 @@ _PAPER = {
 
 
 def get_config(argument=''):
-  """Words of SIZES, EPSILONS, BATCHES, SHARES, NOISE and SIMULATION, parted by commas."""
-  families = SIZES, EPSILONS, BATCHES, SHARES, NOISE, SIMULATION
-  size, epsilon, batch, share, noise, simulation = config_lib.read_words(argument, *families)
+  """Words of SIZES, EPSILONS, BATCHES, SHARES, NOISE, SIMULATION and STAGES, parted by commas."""
+  families = SIZES, EPSILONS, BATCHES, SHARES, NOISE, SIMULATION, STAGES
+  words = config_lib.read_words(argument, *families)
+  size, epsilon, batch, share, noise, simulation, stage = words
   config = config_lib.base_config()
 
   config.model.size = SIZES[size]
@@ -78,4 +80,7 @@ def get_config(argument=''):
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.95
   config.optimizer.weight_decay = 0.005
+  if STAGES[stage]:
+    config.train.init = STAGES[stage]
+    config.train.init_parts = ('encoder',)
   return config

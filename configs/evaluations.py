@@ -7,9 +7,9 @@
 
 What follows the @ is the experiment that was trained, a file of configs/ with its argument; without
 it the main run of dpcap.py. TFDS data sets must have been prepared as array_record; others are image
-folders, whose place follows the name. ImageNet's readable class names come with its download: give
-evals.imagenet_zero_shot.labels_file. That a run on tar shards is apart from these cannot be seen; say
---config.evals.NAME.apart=True where you know it, or the results are private.
+folders, whose place follows the name (else it is the name). ImageNet's readable class names come with
+its download: give evals.imagenet_zero_shot.labels_file. That a run on tar shards is apart from these cannot
+be seen; say --config.evals.NAME.apart=True where you know it, or the results are private.
 """
 
 import importlib
@@ -31,7 +31,8 @@ def get_config(argument='imagenet'):
   if dataset == 'aro':
     _add_aro(config, folder or 'aro')
     return config
-  where = {'path': folder} if folder else {}
+  in_folders = data.find_dataset(dataset).source['name'] == 'image_folder'
+  where = {'path': folder or dataset} if folder or in_folders else {}
   train = config_lib.dataset_config(dataset, 'train', **where)
   test = config_lib.dataset_config(dataset, 'test', **where)
   pair = dict(train=train, test=test)
@@ -40,6 +41,10 @@ def get_config(argument='imagenet'):
   config.evals[f'{dataset}_few_shot'] = config_lib.evaluator_config(
     'few_shot', **pair, shots=_SHOTS.get(dataset, (1, 2, 5, 10))
   )
+  if config.model.name == 'mae':  # what ViP's own figures are of
+    config.evals[f'{dataset}_all_blocks'] = config_lib.evaluator_config(
+      'linear_probe_sgd', **pair, layers='all_blocks'
+    )
   if config.model.name == 'captioner':
     config.evals[f'{dataset}_zero_shot'] = config_lib.evaluator_config(
       'zero_shot',

@@ -2,11 +2,12 @@
 
     --config=configs/scenes.py:dpcap,base,epsilon2                    trains
     --config=configs/scenes.py:dpcap,base,epsilon2,count_linear_probe   evaluates
+    --config=configs/scenes.py:vip,small                              another experiment
     --config=configs/scenes.py:smoke,dpcap                            in seconds, learns nothing
 
 The first words are the file and its argument; data, model and recipe are those of demo.py, and the
-experiment's share of the data, batch, steps, epsilon and size are kept in proportion. Noise is
-calibrated to the experiment's epsilon: the paper's sigma belongs to its N.
+experiment's share of the data, batch, steps, epsilon and size are kept in proportion to its main run.
+Noise is calibrated to the experiment's epsilon: the paper's sigma belongs to its N.
 """
 
 import importlib
@@ -16,13 +17,20 @@ from configs import dpcap as paper
 from dpcap import config as config_lib
 
 # file of configs/ -> learning rate here
-EXPERIMENTS = {'dpcap': 3e-3}
+EXPERIMENTS = {'dpcap': 3e-3, 'vip': 3e-3, 'mae': 3e-3, 'textures': 3e-3}
 SCALES = ('cpu', 'smoke')
 
 # The paper's sizes; width grows with them, by half the way.
 _SIZES = {'nano': 'micro', 'tiny': 'micro', 'small': 'demo', 'base': 'demo', 'large': 'demo_wide'}
 
-_PROBES = {'linear_probe': 'model', 'untrained': 'untrained', 'hog': 'hog', 'pixels': 'pixels'}
+# name -> features, and layers of a model's
+_PROBES = {
+  'linear_probe': ('model', None),
+  'all_blocks': ('model', 'all_blocks'),
+  'untrained': ('untrained', None),
+  'hog': ('hog', None),
+  'pixels': ('pixels', None),
+}
 _LABELS = ('count', 'shape', 'color', 'color_shape')
 EVALUATIONS = (
   *(f'{label}_{what}' for label in _LABELS for what in (*_PROBES, 'few_shot')),
@@ -39,7 +47,8 @@ def get_config(argument='dpcap'):
   experiment, scale = config_lib.read_words(','.join(own), EXPERIMENTS, SCALES)
   rest = [word for word in words if word not in (*EVALUATIONS, *own, 'calibrated')]
   full = importlib.import_module(f'configs.{experiment}')
-  config = _scaled_down(full.get_config(','.join([*rest, 'calibrated'])), full.get_config())
+  noise = ['calibrated'] if hasattr(full, 'NOISE') else []
+  config = _scaled_down(full.get_config(','.join([*rest, *noise])), full.get_config())
   config.optimizer.learning_rate = EXPERIMENTS[experiment]
   if scale == 'smoke':
     _make_tiny(config)
@@ -53,14 +62,22 @@ def get_config(argument='dpcap'):
 def _scaled_down(full, main):
   """The demo with what `full` has of its experiment's main run: sizes, shares, epsilon."""
   config = demo.get_config()
+  config.model = full.model
   config.model.size = _SIZES[full.model.size]
-  share = full.data.dataset_size / paper.LAION_233M
-  config.data.source.size = round(share * config.data.source.size)
+  if full.model.name == 'mae':
+    config.model.update(decoder_width=64, decoder_depth=1, decoder_heads=4)
+  if full.data.source.name == 'textures':
+    config.data.source = full.data.source
+  else:
+    share = full.data.dataset_size / paper.LAION_233M
+    config.data.source.size = round(share * config.data.source.size)
   ratio = full.privacy.expected_batch_size / main.privacy.expected_batch_size
   config.privacy.expected_batch_size = round(ratio * config.privacy.expected_batch_size)
   config.privacy.epsilon = full.privacy.epsilon
+  config.privacy.clip_norm = full.privacy.clip_norm
   config.privacy.simulation_divisor = full.privacy.simulation_divisor
   config.train.steps = round(config.train.steps * full.train.steps / main.train.steps)
+  config.train.init, config.train.init_parts = full.train.init, full.train.init_parts
   return config
 
 
@@ -99,4 +116,5 @@ def _evaluation(name, train_size, test_size, few):
   )
   if what == 'few_shot':
     return config_lib.evaluator_config('few_shot', **pair)
-  return config_lib.evaluator_config('linear_probe', **pair, features=_PROBES[what])
+  features, layers = _PROBES[what]
+  return config_lib.evaluator_config('linear_probe', **pair, features=features, layers=layers)

@@ -56,6 +56,7 @@ _LONG = {
   'test_loading',
   'test_norms',
   'test_oracle',
+  'test_reproduce',
   'test_sensitivity',
   'test_statement',
   'test_step',

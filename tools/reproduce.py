@@ -11,7 +11,8 @@ also by other tables, are not done again. A row that fails has no value and says
 
 DIR/TABLE.md, .json and .png hold the table; DIR/runs the runs. The last line on stdout is JSON: {"table",
 "scale", "rows": [{"name", "group", "paper", "source", "value", "low", "high" (95%), "epsilon" (null:
-infinite), "n", "run", "evaluation", "why"}], "findings": [{"name", "holds": true, false or null, "why"}]}.
+infinite), "n", "chance", "layers", "run", "evaluation", "why"}], "findings": [{"name", "holds" (true,
+false or null), "why"}]}.
 """
 
 import dpcap.ending  # noqa: F401, I001  before what takes long

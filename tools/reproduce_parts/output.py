@@ -55,7 +55,7 @@ def write(
 
 def markdown(title: str, table: dict[str, Any], made: dict[str, Any], number: str) -> str:
   """The table, its findings and how it was made."""
-  more = [key for key in table['rows'][0] if key in _MORE]
+  more = [key for key in _MORE if any(row.get(key) is not None for row in table['rows'])]
   head = ['', 'paper', 'measured', '95% interval', 'epsilon', *(_MORE[key][0] for key in more), 'n']
   lines = [f'# {title}', '', f'Scale: {table["scale"]}.', '', _line(head), _line(['---'] * len(head))]
   for row in table['rows']:
@@ -68,7 +68,7 @@ def markdown(title: str, table: dict[str, Any], made: dict[str, Any], number: st
           row['why'] or _cell(row['value'], number),
           between,
           'inf' if row['epsilon'] is None else f'{row["epsilon"]:.3g}',
-          *(_cell(row[key], _MORE[key][1]) for key in more),
+          *(_cell(row.get(key), _MORE[key][1]) for key in more),
           _cell(row['n'], ','),
         ]
       )
@@ -88,6 +88,7 @@ def markdown(title: str, table: dict[str, Any], made: dict[str, Any], number: st
 
 # Columns that some tables have: key of the row -> title, format.
 _MORE = {
+  'layers': ('features', 's'),
   'noise_multiplier': ('sigma', '.4g'),
   'epsilon_rdp': ('epsilon (RDP)', '.3f'),
   'epsilon_pld': ('epsilon (PLD)', '.3f'),
@@ -102,7 +103,7 @@ def _line(cells: Sequence[str]) -> str:
   return f'| {" | ".join(cells)} |'
 
 
-def _cell(value: float | None, number: str) -> str:
+def _cell(value: float | str | None, number: str) -> str:
   return '' if value is None else f'{value:{number}}'
 
 

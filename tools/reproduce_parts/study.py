@@ -50,6 +50,8 @@ class Study:
     wanted: dict[str, dict[str, None]] = {}
     for row in rows:
       if row.evaluation:
+        stage = scales.stage_of(self._scale, row.run)
+        wanted |= {stage: wanted.get(stage, {})} if stage else {}
         wanted.setdefault(row.run, {})[row.evaluation] = None
     before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -73,7 +75,7 @@ class Study:
     part = record if row.shots is None else record['shots'][str(row.shots)]
     low, high = part['interval95']
     found = {'value': part['value'], 'low': low, 'high': high}
-    return measured | found | {'n': record['n'], 'chance': record['chance']}
+    return measured | found | {key: record.get(key) for key in ('n', 'chance', 'layers')}
 
   def folder(self, run: str) -> pathlib.Path:
     """The workdir of a run."""
@@ -87,6 +89,12 @@ class Study:
     if self._statement(run).get('steps') == scales.load(config).train.steps:
       return
     arguments = [f'--config={config}', f'--workdir={folder}']
+    stage = scales.stage_of(self._scale, run)
+    if stage:
+      arguments.append(f'--config.train.init={self.folder(stage)}')
+      if stage in self._reasons and self._scale != 'paper':
+        self._reasons[run] = f'{stage}, which it starts from: {self._reasons[stage]}'
+        return
     if self._scale == 'paper':
       command = [*shlex.split(self._launch or 'python -m dpcap.train')]
       command += ['--', *arguments] if self._launch else arguments

@@ -64,7 +64,7 @@ class Table:
 def unmeasured(row: Row) -> Measured:
   """All keys of a measured row, with what is known before it is measured."""
   own = {key: getattr(row, key) for key in ('name', 'group', 'paper', 'source', 'run', 'evaluation')}
-  return own | dict.fromkeys(('value', 'low', 'high', 'epsilon', 'n', 'chance', 'why'))
+  return own | dict.fromkeys(('value', 'low', 'high', 'epsilon', 'n', 'chance', 'layers', 'why'))
 
 
 def find(rows: list[Measured], name: str, group: str | None = None) -> Measured:

@@ -9,6 +9,7 @@ from tools.tables import (
   linear_probe,
   privacy,
   size,
+  synthetic,
   zero_shot,
 )
 
@@ -22,4 +23,5 @@ TABLES = {
   'batch': batch.TABLE,
   'data': data.TABLE,
   'size': size.TABLE,
+  'synthetic': synthetic.TABLE,
 }

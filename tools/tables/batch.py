@@ -1,6 +1,6 @@
 """Batches at the same epsilon, 8: the noise of each is what that takes; and a TAN simulation."""
 
-from tools.reproduce_parts.scales import DATASETS
+from tools.reproduce_parts.scales import DATASETS, STAGE
 from tools.reproduce_parts.study import Study
 from tools.reproduce_parts.table import Row, Table, above
 
@@ -8,13 +8,13 @@ _WORDS = ('batch20k', 'batch82k', 'batch328k', 'batch1m')
 
 
 def _rows(scale):
+  runs = {f'{word.removeprefix("batch")} of 1m': word for word in _WORDS}
+  runs['simulation of 1m at a 64th'] = 'batch1m,simulated'
   dataset = DATASETS[scale][0]
-  rows = [
-    Row(f'{word.removeprefix("batch")} of 1m', f'dpcap:{word},calibrated', f'{dataset}_linear_probe')
-    for word in _WORDS
+  return [
+    Row(name, f'dpcap:{words},calibrated,{STAGE[scale]}', f'{dataset}_linear_probe', dataset)
+    for name, words in runs.items()
   ]
-  simulated = 'dpcap:calibrated,simulated'
-  return [*rows, Row('simulation of 1m at a 64th', simulated, f'{dataset}_linear_probe')]
 
 
 def _measure(study, row):

@@ -1,5 +1,6 @@
 """ARO: does the captioner tell the true caption from false ones of the same words?"""
 
+from tools.reproduce_parts.scales import STAGE
 from tools.reproduce_parts.table import Row, Table, above_chance
 
 _MODELS = (('Cap, no privacy', 'dpcap:nonprivate'), ('DP-Cap', 'dpcap:base'))
@@ -12,7 +13,7 @@ _TESTS = {
 
 def _rows(scale):
   return [
-    Row(name, run, f'aro_{test}', test.replace('_', ' '))
+    Row(name, f'{run},{STAGE[scale]}', f'aro_{test}', test.replace('_', ' '))
     for test in _TESTS[scale]
     for name, run in _MODELS
   ]

@@ -1,6 +1,6 @@
 """More pairs at the same epsilon, 8, with the batch in proportion."""
 
-from tools.reproduce_parts.scales import DATASETS
+from tools.reproduce_parts.scales import DATASETS, STAGE
 from tools.reproduce_parts.table import Row, Table, above
 
 _SHARES = ('1percent', '10percent', '100percent')
@@ -9,7 +9,12 @@ _SHARES = ('1percent', '10percent', '100percent')
 def _rows(scale):
   dataset = DATASETS[scale][0]
   return [
-    Row(f'{share.removesuffix("percent")}%', f'dpcap:{share},calibrated', f'{dataset}_linear_probe')
+    Row(
+      f'{share.removesuffix("percent")}%',
+      f'dpcap:{share},calibrated,{STAGE[scale]}',
+      f'{dataset}_linear_probe',
+      dataset,
+    )
     for share in _SHARES
   ]
 

@@ -1,6 +1,6 @@
 """How much features are worth at each epsilon, and without privacy."""
 
-from tools.reproduce_parts.scales import DATASETS
+from tools.reproduce_parts.scales import DATASETS, STAGE
 from tools.reproduce_parts.table import Finding, Row, Table, above, find
 
 _RUNS = (
@@ -13,7 +13,9 @@ _RUNS = (
 
 def _rows(scale):
   dataset = DATASETS[scale][0]
-  return [Row(name, run, f'{dataset}_linear_probe', dataset) for name, run in _RUNS]
+  return [
+    Row(name, f'{run},{STAGE[scale]}', f'{dataset}_linear_probe', dataset) for name, run in _RUNS
+  ]
 
 
 def _findings(rows):

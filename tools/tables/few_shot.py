@@ -1,8 +1,9 @@
 """Few-shot probes: logistic regression on k images of each class."""
 
-from tools.reproduce_parts.table import Row, Table, above
+from tools.reproduce_parts.scales import STAGE
+from tools.reproduce_parts.table import Row, Table, above, find
 
-_MODELS = (('Cap, no privacy', 'dpcap:nonprivate'), ('DP-Cap', 'dpcap:base'))
+_MODELS = (('Cap, no privacy', 'dpcap:nonprivate'), ('ViP', 'vip:base'), ('DP-Cap', 'dpcap:base'))
 _SHOTS = {
   'paper': {
     'imagenet': (1, 2, 5, 10),
@@ -17,7 +18,13 @@ _SHOTS = {
 
 def _rows(scale):
   return [
-    Row(name, run, f'{dataset}_few_shot', f'{dataset}, {shots} per class', shots)
+    Row(
+      name,
+      f'{run},{STAGE[scale]}',
+      f'{dataset}_few_shot',
+      f'{dataset}, {shots} per class',
+      shots,
+    )
     for dataset, numbers in _SHOTS[scale].items()
     for shots in numbers
     for name, run in _MODELS
@@ -25,14 +32,10 @@ def _rows(scale):
 
 
 def _findings(rows):
-  own = [row for row in rows if row['name'] == 'DP-Cap']
-  first = [row for row in own if row['group'].split(',')[0] == own[0]['group'].split(',')[0]]
-  name = 'DP-Cap gains from more images of a class'
-  return [above(name, _told_by_group(first[-1]), _told_by_group(first[0]))]
-
-
-def _told_by_group(row):
-  return row | {'name': row['group']}
+  return [
+    above(f'{group}: DP-Cap is above ViP', *(find(rows, name, group) for name in ('DP-Cap', 'ViP')))
+    for group in dict.fromkeys(row['group'] for row in rows)
+  ]
 
 
 TABLE = Table('Few-shot probes', _rows, _findings)

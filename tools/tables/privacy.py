@@ -1,4 +1,4 @@
-"""What the paper's runs guarantee, by each accountant, and the noise that their epsilon needs.
+"""What the papers' runs guarantee, by each accountant, and the noise that their epsilon needs.
 
 Nothing is trained: it is the same at every scale, of the full-sized runs.
 """
@@ -9,7 +9,7 @@ from dpcap import privacy
 from tools.reproduce_parts.study import Study
 from tools.reproduce_parts.table import Finding, Measured, Row, Table, unmeasured
 
-_ABSTRACT = 'epsilon 8: Sander et al. 2024, abstract'
+_ABSTRACT = 'epsilon 8: abstracts of Sander et al. 2024, Sander et al. 2023, and Yu et al. 2024'
 _RUNS = (
   # name, run, the epsilon that is meant, and whether the paper says it
   ('DP-Cap', 'dpcap:base', 8.0, True),
@@ -18,6 +18,10 @@ _RUNS = (
   ('DP-Cap, batch 200,000', 'dpcap:batch200k', 8.0, False),
   ('DP-Cap, 10% of the pairs', 'dpcap:10percent', 8.0, False),
   ('DP-Cap, 1% of the pairs', 'dpcap:1percent', 8.0, False),
+  ('ViP', 'vip:base', 8.0, True),
+  ('ViP, released script', 'vip:script', 8.0, False),
+  ('TAN on CIFAR-10', 'tan:cifar10', 8.0, False),
+  ('TAN on ImageNet-1K', 'tan:imagenet', 8.0, True),
 )
 
 

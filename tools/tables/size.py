@@ -1,6 +1,6 @@
 """Sizes of the model at epsilon 8."""
 
-from tools.reproduce_parts.scales import DATASETS
+from tools.reproduce_parts.scales import DATASETS, STAGE
 from tools.reproduce_parts.table import Row, Table, above
 
 # Scaled down, there are fewer.
@@ -17,8 +17,8 @@ def _rows(scale):
   rows = []
   for size in _SIZES[scale]:
     paper, source = _PAPER.get(size, (None, None))
-    run = f'dpcap:{size}'
-    rows.append(Row(size, run, f'{dataset}_linear_probe', paper=paper, source=source))
+    run = f'dpcap:{size},{STAGE[scale]}'
+    rows.append(Row(size, run, f'{dataset}_linear_probe', dataset, paper=paper, source=source))
   return rows
 
 

@@ -1,5 +1,6 @@
 """The captioner as a classifier: the label with the lowest mean token loss."""
 
+from tools.reproduce_parts.scales import STAGE
 from tools.reproduce_parts.table import Row, Table, above_chance
 
 _MODELS = (('Cap, no privacy', 'dpcap:nonprivate'), ('DP-Cap', 'dpcap:base'))
@@ -12,7 +13,7 @@ _DATASETS = {
 
 def _rows(scale):
   return [
-    Row(name, run, f'{dataset}_zero_shot', dataset)
+    Row(name, f'{run},{STAGE[scale]}', f'{dataset}_zero_shot', dataset)
     for dataset in _DATASETS[scale]
     for name, run in _MODELS
   ]
