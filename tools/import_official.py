@@ -79,7 +79,7 @@ def _write(out: pathlib.Path, read: OfficialFile) -> str:
 def _config(description: Description) -> ml_collections.ConfigDict:
   """What is known: the model, and what it reads."""
   config = config_lib.base_config()
-  config.model.update(description.model)
+  config.model = config_lib.model_config(**description.model)
   config.data.image_size = description.image_size
   if description.text_length is not None:
     config.data.text_length = description.text_length

@@ -5,7 +5,6 @@ vocabulary. What is not one of the sizes that the reference has is refused, for 
 the heads of attention. Each kind of model is one row of `KINDS`.
 """
 
-import functools
 import math
 import os
 import re
@@ -19,7 +18,6 @@ import numpy as np
 from dpcap import models
 from dpcap.errors import UserError
 from dpcap.models import reference_weights, weight_files
-from dpcap.models.mae import MAE
 from dpcap.models.sizes import SIZES
 
 
@@ -49,14 +47,11 @@ class Kind(NamedTuple):
   Attributes:
     mark: an array that no other kind has.
     describe: (arrays by name) -> Description; UserError names what is amiss.
-    make: the model, from the keys of the config's section `model` but its name, image_size and
-      vocab_size.
     vocab_size: (params) -> token ids, or None.
   """
 
   mark: str
   describe: Callable[[Mapping[str, Any]], Description]
-  make: Callable[..., nn.Module]
   vocab_size: Callable[[dict[str, Any]], int | None]
 
 
@@ -124,16 +119,15 @@ def to_official(
     back = {'frozen': {}} | reference_weights.from_reference(arrays, model)
     exact = _same_bits(back, variables)
   except (UserError, KeyError, TypeError, ValueError) as e:
-    raise UserError(f'the weights are not those of their config ({e})') from e
+    raise UserError(f'the reference has no such weights ({e})') from e
   if not exact:
-    raise UserError('the weights are not those of their config')
+    raise UserError('the reference has no such weights: some do not come back as they are')
   return arrays
 
 
 def _make(keys: Mapping[str, Any], image_size: int, vocab_size: int | None) -> nn.Module:
-  keys = dict(keys)
-  make = KINDS[keys.pop('name')].make
-  return make(image_size=image_size, vocab_size=vocab_size, **keys)
+  # A model that reads no text has no use for it.
+  return models.make_model(image_size=image_size, vocab_size=vocab_size or 1, **keys)
 
 
 def _same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -186,6 +180,7 @@ def _describe_mae(arrays: Mapping[str, Any]) -> Description:
       decoder_depth=_count(arrays, 'decoder_blocks'),
       # As all of ViP's have it; shapes do not tell.
       decoder_heads=16,
+      encoder_of='vip',
       train_positions=not all(
         reference_weights.is_sincos(arrays[name])
         for name in ('pos_embed', 'decoder_pos_embed')
@@ -256,15 +251,11 @@ KINDS = {
   'captioner': Kind(
     mark=_CAPTIONER_MARK,
     describe=_describe_captioner,
-    make=functools.partial(models.make_model, 'captioner'),
     vocab_size=lambda params: params['decoder']['token_embedding']['embedding'].shape[0],
   ),
   'mae': Kind(
     mark='decoder_pred.weight',
     describe=_describe_mae,
-    make=functools.partial(
-      MAE.make, remat=False, dtype='float32', scan_blocks=False, mask_ratio=MAE.mask_ratio
-    ),
     vocab_size=lambda params: None,
   ),
 }

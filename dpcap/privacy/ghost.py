@@ -5,7 +5,8 @@ nothing is kept beyond what a plain step keeps, remat included. In the second pa
 examples by their factors. Both passes are one compiled loop body that runs twice, from the same
 cotangents: compiled twice, or with the losses weighed instead, the backward pass rounds
 otherwise, and where a gradient is a small rest of large terms the sum would be of other gradients than
-the norms.
+the norms. For the same reason an operation must give the same bits both times: a GPU's sums by atomic
+additions (of scattered gradients) do not unless XLA is told so (`--xla_gpu_deterministic_ops`).
 
 Parameters with several uses need the gradients of all at once: those are kept, as in `bookkeeping`.
 Source: Li et al. 2021, Large Language Models Can Be Strong Differentially Private Learners, arXiv

@@ -12,6 +12,7 @@ Model. Let u be the unit roundoff of a type (half its eps: 2^-24 for float32).
    (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1: every term meets
    at most n roundings). TF32 breaks it; precision `highest` forbids it. TPUs make a float32 product of six
    bfloat16 ones, which is taken to be within the model, not known.
+   Convolutions by FFT or by Winograd's method, which a GPU's library may choose, are outside it.
 3. bfloat16 and float16 operands have exact products in float32. Tensor cores add these up
    with fewer guard bits than IEEE asks for: their u counts NARROW times.
 

@@ -98,10 +98,10 @@ def test_as_many_numbers_are_exported_as_the_reference_has(size, count):
 
 def test_a_checkpoint_of_another_model_is_not_exported(variables):
   for keys in (KEYS | {'size': 'demo'}, KEYS | {'patch_size': 4}):
-    with pytest.raises(UserError, match='not those of their config'):
+    with pytest.raises(UserError, match='the reference has no such weights'):
       official.to_official(variables, keys, IMAGE, TEXT)
   more = {**variables['params'], 'more': np.zeros(3, np.float32)}
-  with pytest.raises(UserError, match='not those of their config'):
+  with pytest.raises(UserError, match='the reference has no such weights'):
     official.to_official(variables | {'params': more}, KEYS, IMAGE, TEXT)
   with pytest.raises(UserError, match="'classifier'; the reference has captioner"):
     official.to_official(variables, KEYS | {'name': 'classifier'}, IMAGE, TEXT)
@@ -182,6 +182,7 @@ MAE_KEYS = {
   'decoder_width': 32,
   'decoder_depth': 2,
   'decoder_heads': 16,
+  'encoder_of': 'vip',
 }
 
 
@@ -189,15 +190,7 @@ MAE_KEYS = {
 def test_a_masked_autoencoder_goes_there_and_back(tmp_path, trained):
   """Whether its positions were trained is seen by what they are."""
   keys = MAE_KEYS | {'train_positions': trained}
-  model = models.MAE.make(
-    **{key: x for key, x in keys.items() if key != 'name'},
-    image_size=IMAGE,
-    vocab_size=None,
-    remat=False,
-    dtype='float32',
-    scan_blocks=False,
-    mask_ratio=0.5,
-  )
+  model = models.make_model(**keys, image_size=IMAGE, vocab_size=1)
   variables = drawn(model, np.zeros((IMAGE, IMAGE, 3)), np.zeros(2, np.uint32))
   # As its config has them; the loss has no part in the file.
   arrays = official.to_official(variables, keys | {'mask_ratio': 0.5}, IMAGE, TEXT)
@@ -207,6 +200,14 @@ def test_a_masked_autoencoder_goes_there_and_back(tmp_path, trained):
   read = official.read_official(tmp_path / 'x.safetensors')
   _same(read.variables, variables)
   assert read.description == official.Description(keys, IMAGE, None, None)
+
+
+def test_a_captioners_encoder_in_a_masked_autoencoder_is_not_the_references():
+  keys = MAE_KEYS | {'encoder_of': 'captioner', 'train_positions': False}
+  model = models.make_model(**keys, image_size=IMAGE, vocab_size=1)
+  variables = drawn(model, np.zeros((IMAGE, IMAGE, 3)), np.zeros(2, np.uint32))
+  with pytest.raises(UserError, match="encoder_of='captioner': the reference's MAE"):
+    official.to_official(variables, keys, IMAGE, TEXT)
 
 
 def test_of_two_models_none_is_taken(arrays):

@@ -121,7 +121,7 @@ def test_a_masked_autoencoder(tmp_path, capsys):
   shapes = jax.eval_shape(made.init, jax.random.key(0), np.zeros((8, 8, 3)), np.zeros(2, np.uint32))
   draw = lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32)
   keys = {'name': 'mae', 'size': 'micro', 'patch_size': 4, 'decoder_width': 32, 'decoder_depth': 1}
-  keys |= {'decoder_heads': 16, 'train_positions': True}
+  keys |= {'decoder_heads': 16, 'encoder_of': 'vip', 'train_positions': True}
   variables = {'frozen': {}} | jax.tree.map(draw, shapes)
   path, out, back = (tmp_path / name for name in ('x.safetensors', 'out', 'back.safetensors'))
   save_weights(path, official.to_official(variables, keys, 8, 0))

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -87,6 +88,17 @@ def test_parts_are_taken_and_others_left(other):
   assert 'not taken: decoder, memory_projection' in start.said
 
 
+def test_an_average_of_parameters_starts_from_the_weights_too(other):
+  state = make_state(0)
+  state = state._replace(average=jax.tree.map(jnp.copy, state.params))
+  start = start_from(str(other), ('encoder',), state)
+  same(*(jax.tree.map(np.asarray, tree) for tree in (start.state.average, start.state.params)))
+  # A step donates all of the state: no two of its arrays may be one.
+  arrays = jax.tree.leaves((start.state.average, start.state.params))
+  pointers = [x.unsafe_buffer_pointer() for x in arrays]
+  assert len(set(pointers)) == len(pointers)
+
+
 @pytest.mark.parametrize('from_scanned', [True, False])
 def test_blocks_may_be_scanned_on_one_side(tmp_path, from_scanned):
   save(tmp_path / 'run', make_state(1, from_scanned))
@@ -145,6 +157,22 @@ def test_what_differs_elsewhere_does_not_matter_to_a_part(tmp_path):
   save(tmp_path / 'run', make_state(1, vocab_size=26))
   start = start_from(str(tmp_path / 'run'), ('encoder',), make_state(0))
   same(start.state.params['encoder'], make_state(1, vocab_size=26).params['encoder'])
+
+
+def test_a_captioner_takes_the_encoder_of_a_masked_autoencoder(tmp_path):
+  """The paper's first stage, with the captioner's own encoder in it."""
+  keys = dict(size='micro', image_size=16, vocab_size=1)
+  keys |= dict(encoder_of='captioner', decoder_width=32, decoder_depth=1)
+  mae = models.make_model('mae', **keys)
+  image, key = np.zeros((16, 16, 3)), np.zeros(2, np.uint32)
+  variables = jax.jit(mae.init)(jax.random.key(2), image, key)
+  first = TrainState(np.int32(0), variables['params'], variables['frozen'], ())
+  save(tmp_path / 'first', first)
+  start = start_from(str(tmp_path / 'first'), ('encoder',), make_state(0))
+  for collection in ('params', 'frozen'):
+    same(unrolled(start.state)[collection]['encoder'], unrolled(first)[collection]['encoder'])
+  with pytest.raises(UserError, match="has 'decoder/"):
+    start_from(str(tmp_path / 'first'), ('all',), make_state(0))
 
 
 def test_what_another_model_trained_may_be_kept_fixed(tmp_path):

@@ -1,11 +1,18 @@
 """The names of facebookresearch/ViP-MAE, which are those of facebookresearch/mae."""
 
+from dpcap.errors import UserError
 from dpcap.models.mae import MAE
 from dpcap.models.reference_names.names import TOKEN, TOKENS, Names, patch_layout
 
 
 def mae_names(model: MAE) -> Names:
-  """The names of its arrays."""
+  """The names of its arrays.
+
+  Raises:
+    UserError: if its encoder is not that of ViP.
+  """
+  if model.encoder_of != 'vip':
+    raise UserError(f"encoder_of={model.encoder_of!r}: the reference's MAE has encoder_of='vip'")
   names = Names()
   names.trained |= {
     'cls_token': (('encoder', 'class_token'), TOKEN),
