@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -114,7 +115,8 @@ def test_every_evaluator_runs_from_a_config(tmp_path, monkeypatch):
   tag = lambda text: [(w, {'ring': 'noun', 'square': 'noun'}.get(w, '')) for w in text.split()]
   monkeypatch.setattr(aro, 'spacy_tagger', lambda: tag)
   config, entries = tiny.get_config(), _every_evaluator(tmp_path)
-  assert entries.keys() == evals.EVALUATORS.keys()
+  # What goes with classifiers alone is in the test of other models.
+  assert entries.keys() == evals.EVALUATORS.keys() - {'accuracy'}
   config.evals = {
     name: config_lib.evaluator_config(name, batch_size=16, **options)
     for name, options in entries.items()
@@ -233,3 +235,34 @@ def test_every_entry_can_declare_itself_apart():
     entry = config_lib.evaluator_config(name)
     assert entry.apart is None
     entry.apart = True
+
+
+@pytest.mark.parametrize(
+  'model, unit, evaluator',
+  [
+    (dict(name='mlp', classes=8, widths=(8,)), 'labelled image', dict(name='accuracy')),
+    (
+      dict(name='mae', size='micro', decoder_width=16, decoder_depth=1, decoder_heads=2),
+      'image',
+      dict(name='retrieval', layers='all_blocks'),
+    ),
+  ],
+)
+def test_other_models_go_the_same_way(model, unit, evaluator, tmp_path, capfd):
+  """Several views of a record, augmented, clipped, averaged; the statement names what one is."""
+  config = _config(evaluate_at=(2,), steps=2)
+  config.model = config_lib.model_config(**model)
+  config.data.update(views=2, pad_crop=2, color_jitter=(0.4, 0.4, 0.4, 0.1, 0.5))
+  config.privacy.clipping, config.privacy.check_clipping = 'auto', True
+  source = config_lib.source_config('scenes', split='test', size=16)
+  config.evals = {'result': config_lib.evaluator_config(**evaluator, source=source)}
+  config_lib.validate(config)
+  state = loop.train(config, tmp_path / 'run')
+  assert all(np.isfinite(p).all() for p in jax.tree.leaves(state.average))
+  statement = json.loads((tmp_path / 'run/privacy.json').read_text())
+  assert statement['unit'] == f'one {unit}'
+  assert ('vocabulary' in ' '.join(statement['not_covered'])) is False
+  result = _results(tmp_path / 'run')['step_2/result.json']
+  assert 0 <= result['value'] <= 1 and result['n'] > 10
+  assert result['options'].get('layers') == evaluator.get('layers')
+  assert 'warning' not in capfd.readouterr().err
