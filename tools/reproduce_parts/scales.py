@@ -1,9 +1,6 @@
 """At which scale a table is made: which config trains a run, and which evaluates it."""
 
-import importlib
 from collections.abc import Sequence
-
-import ml_collections
 
 # What a row's evaluations are called: `{data set}_{evaluator}`, as the config files have it.
 DATASETS = {
@@ -31,10 +28,3 @@ def evaluation_configs(scale: str, run: str, evaluations: Sequence[str]) -> dict
     dataset = name.partition('_')[0]
     configs.setdefault(f'configs/evaluations.py:{dataset}@{run}', []).append(name)
   return configs
-
-
-def load(config: str) -> ml_collections.ConfigDict:
-  """The ConfigDict that a value of --config names."""
-  file, _, argument = config.partition(':')
-  module = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
-  return module.get_config(argument) if argument else module.get_config()
