@@ -123,7 +123,7 @@ def _run(size, ratio, run, fitted, costs, batch):
 
 def _plan(fitted, costs, budget):
   flops = {size: cost.flops for size, cost in costs.items()}
-  return planner.plan(fitted, flops, budget, planner.calibrated(budget))
+  return planner.best(fitted, flops, budget, planner.calibrated(budget))
 
 
 def _planned(budget, plans, error):
@@ -133,6 +133,8 @@ def _planned(budget, plans, error):
     f'Best: size {best.size}, batch {best.batch:,}, {best.steps:,} steps, sigma'
     f' {best.noise_multiplier:.4f}.'
   )
+  if best.outside > 1:
+    said += f' It is {best.outside:.2g} times outside of what was measured: measure there first.'
   if len(alike) > 1:
     said += (
       f' The optimum is flat: {len(alike)} of these {len(plans)} are within the law\'s error'

@@ -30,17 +30,15 @@ def _runs(found):
   if not found.get('runs'):
     return []
   rows = [
-    [
-      run['size'],
-      f'{run["ratio"]:.3g}',
-      f'{run["loss"]:.4f}',
-      f'{run["predicted"]:.4f}',
-      f'{run["sampling_share"]:.0%}',
-    ]
+    [run['size'], f'{run["ratio"]:.3g}', *([run['why'], '', ''] if run['why'] else _losses(run))]
     for run in found['runs']
   ]
   head = ['size', 'sigma / B', 'loss at the end', 'by the law', 'variance that is sampling, at most']
   return ['## Measured', '', *_table(head, rows), '']
+
+
+def _losses(run):
+  return [f'{run["loss"]:.4f}', f'{run["predicted"]:.4f}', f'{run["sampling_share"]:.0%}']
 
 
 def _law(found):

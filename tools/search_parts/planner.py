@@ -1,6 +1,7 @@
 """Which batch, steps and size a budget of privacy and compute is best spent on."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from tools.search_parts.law import Law
 # A law says nothing of what is further outside of its range than this.
 FURTHEST = 4.0
 
-# Plans that are calibrated by PLD, which takes seconds each.
+# Plans that are shown, and calibrated by PLD, which takes seconds each.
 SHORT_LIST = 10
 
 _SMALLEST_BATCH = 16
@@ -65,6 +66,7 @@ Noise = Callable[[int, int, str], float | None]
 def calibrated(budget: Budget) -> Noise:
   """The noise of `dpcap.privacy.calibrate`, kept in the user's cache."""
 
+  @functools.cache
   def noise(batch, steps, accountant):
     try:
       return noise_cache.calibrate(
@@ -82,12 +84,12 @@ def calibrated(budget: Budget) -> Noise:
   return noise
 
 
-def plan(law: Law, costs: Mapping[str, float], budget: Budget, noise: Noise) -> list[Plan]:
-  """The best plans within the budget, by predicted loss: ten or fewer.
+def best(law: Law, costs: Mapping[str, float], budget: Budget, noise: Noise) -> list[Plan]:
+  """The best plans within the budget by predicted loss, ten or fewer, the best first.
 
   Batches are powers of two, steps powers of the square root of two times the fewest that were
-  measured. All are ranked by the noise that RDP asks for, which takes milliseconds; the best get
-  that of PLD, which is less, and are ranked anew.
+  measured. They are ranked by the noise that RDP asks for, which is found sooner; the ten best
+  get that of PLD, which is less, and are ranked anew.
 
   Args:
     law: of the loss.
@@ -98,10 +100,18 @@ def plan(law: Law, costs: Mapping[str, float], budget: Budget, noise: Noise) -> 
   Raises:
     UserError: if nothing within the budget is near what was measured.
   """
-  found = []
-  for batch, steps in itertools.product(_batches(budget), _step_counts(law)):
-    sizes = [size for size, cost in costs.items() if batch * steps * cost <= budget.compute]
-    found += _plans(law, costs, noise, sizes, batch, steps, 'rdp')
+  found: list[Plan] = []
+  for size, steps in itertools.product(costs, _step_counts(law)):
+    for batch in _batches(budget, steps * costs[size]):
+      if sigma := noise(batch, steps, 'rdp'):
+        plan = _make_plan(law, costs, size, batch, steps, sigma)
+        # A smaller batch has no lower ratio, and so no lower loss.
+        if plan.ratio > FURTHEST * law.ratios[1]:
+          break
+        if plan.outside <= FURTHEST:
+          found = sorted([*found, plan], key=_order)[:SHORT_LIST]
+          if plan not in found:
+            break
   if not found:
     raise UserError(
       f'within --compute={budget.compute:g} and epsilon {budget.epsilon:g} on'
@@ -110,13 +120,11 @@ def plan(law: Law, costs: Mapping[str, float], budget: Budget, noise: Noise) -> 
       f' {law.steps[0]:.0f} to {law.steps[1] * FURTHEST:.0f} steps, as the law is known for; measure'
       ' other --ratios or --steps, or raise the budget'
     )
-  short_list = sorted(found, key=lambda p: (p.loss, p.compute))[:SHORT_LIST]
-  precise = [
-    better
-    for p in short_list
-    for better in _plans(law, costs, noise, [p.size], p.batch, p.steps, 'pld') or [p]
-  ]
-  return sorted(precise, key=lambda p: (p.loss, p.compute))
+  precise = []
+  for plan in found:
+    sigma = noise(plan.batch, plan.steps, 'pld') or plan.noise_multiplier
+    precise.append(_make_plan(law, costs, plan.size, plan.batch, plan.steps, sigma))
+  return sorted(precise, key=_order)
 
 
 def as_good(plans: Sequence[Plan], error: float) -> list[Plan]:
@@ -125,30 +133,27 @@ def as_good(plans: Sequence[Plan], error: float) -> list[Plan]:
   return sorted(alike, key=lambda p: p.compute)
 
 
-def _plans(law, costs, noise, sizes, batch, steps, accountant):
-  sigma = noise(batch, steps, accountant) if sizes else None
-  if sigma is None or law.outside(steps, sigma / batch) > FURTHEST:
-    return []
-  return [
-    Plan(
-      size=size,
-      batch=batch,
-      steps=steps,
-      noise_multiplier=sigma,
-      ratio=sigma / batch,
-      loss=law.loss(size, steps, sigma / batch),
-      compute=float(batch * steps * costs[size]),
-      outside=law.outside(steps, sigma / batch),
-    )
-    for size in sizes
-  ]
+def _order(plan):
+  return plan.loss, plan.compute
 
 
-def _batches(budget):
-  batch = _SMALLEST_BATCH
-  while batch <= budget.dataset_size:
-    yield batch
-    batch *= 2
+def _make_plan(law, costs, size, batch, steps, sigma):
+  return Plan(
+    size=size,
+    batch=batch,
+    steps=steps,
+    noise_multiplier=sigma,
+    ratio=sigma / batch,
+    loss=law.loss(size, steps, sigma / batch),
+    compute=float(batch * steps * costs[size]),
+    outside=law.outside(steps, sigma / batch),
+  )
+
+
+def _batches(budget, cost):
+  """Powers of two that the budget allows, the largest first; `cost` is that of one image."""
+  most = int(min(budget.dataset_size, budget.compute / cost))
+  return [2**k for k in reversed(range(most.bit_length())) if 2**k >= _SMALLEST_BATCH]
 
 
 def _step_counts(law):
