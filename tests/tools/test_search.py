@@ -16,11 +16,11 @@ from tools import runs, search
 from tools.search_parts import law, measuring, planner, readings, simulation
 
 _TRUTH = law.Law(
-  floor=0.4,
-  decay=0.5,
-  noise_power=1.4,
+  floor={'micro': 0.5, 'demo': 0.2},
   scale={'micro': 12.0, 'demo': 8.0},
-  knee={'micro': 3e-3, 'demo': 1e-3},
+  decay={'micro': 0.7, 'demo': 0.5},
+  noise={'micro': 0.1, 'demo': 0.2},
+  noise_power=0.6,
   steps=(20.0, 400.0),
   ratios=(1e-4, 1e-2),
 )
@@ -60,18 +60,18 @@ def test_a_law_falls_with_steps_and_grows_with_noise():
   assert (np.diff(losses, axis=1) < 0).all() and (np.diff(losses, axis=0) >= 0).all()
 
 
-def test_a_law_without_noise_is_a_power_of_steps_alone():
-  quiet = dataclasses.replace(_TRUTH, knee={'demo': 1e9})
-  assert quiet.loss('demo', 100, 1e-4) == pytest.approx(0.4 + 8 * 100**-0.5)
-  # At the knee a run is worth half of its steps.
-  assert _TRUTH.loss('demo', 100, 1e-3) == pytest.approx(0.4 + 8 * 50**-0.5)
+def test_what_the_parameters_mean():
+  # At the middle of the ratios noise costs C, and more by their power.
+  assert _TRUTH.loss('demo', 100, 1e-3) == pytest.approx(0.2 + 8 * 100**-0.5 + 0.2)
+  assert _TRUTH.loss('demo', 100, 4e-3) == pytest.approx(0.2 + 8 * 100**-0.5 + 0.2 * 4**0.6)
+  assert _TRUTH.loss('micro', 10**9, 0.0) == pytest.approx(0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(
   'kept, message',
   [
     (lambda r: r.ratio < 2e-3, 'size micro has runs at 2 noise-to-batch ratios; a law takes 3'),
-    (lambda r: r.step == 20, '6 readings do not determine the 7 parameters'),
+    (lambda r: r.step == 20, '6 readings do not determine the 9 parameters'),
   ],
 )
 def test_too_few_readings_are_refused(kept, message):

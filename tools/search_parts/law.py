@@ -3,13 +3,13 @@
 McKenna et al. 2025 (arXiv 2501.18914) find that the loss of a DP-SGD run follows from model size M,
 steps T and the noise-to-batch ratio r = sigma / B alone. The law here is
 
-    loss(M, T, r) = E + A_M (T / (1 + (r / R_M)^c))^-b,        E >= 0 and A_M, R_M, b, c > 0:
+    loss(M, T, r) = E_M + A_M T^-b_M + C_M (r / r_0)^g,        with all parameters >= 0
 
-a power law in the steps that a run is worth, which noise makes fewer: at r = R_M it takes twice as
-many steps as without noise. That is how steps depend on the noise of a gradient in McCandlish et al.
-2018 (arXiv 1812.06162, eq. 2.11), but that c and R are fitted. The loss falls with T and grows with r
-whatever the parameters; E, b and c are common to all sizes, A and R are a size's own, so there are
-3 + 2 (sizes) of them. Errors are relative: of the logarithm of the loss.
+what a size never learns, what it has not learnt yet, and what noise keeps it from learning: at a constant
+learning rate noise holds parameters at a distance from the optimum, however long a run is. r_0 is the
+geometric middle of the measured ratios, so that C is a loss. E, A, b and C are a size's own, g is
+common to all: 1 + 4 (sizes) parameters. The loss falls with T and grows with r whatever they are.
+Errors are relative: of the logarithm of the loss.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from scipy import optimize
 
 from dpcap.errors import UserError
 
-# Ratios that a size must have: knee and power are not told apart by fewer.
+# Ratios that a size must have: the power of the noise is not told by fewer.
 FEWEST_RATIOS = 3
 
 # (smallest, largest) of the powers of steps and noise.
-_DECAYS, _POWERS = (0.02, 3.0), (0.2, 4.0)
+_DECAYS, _POWERS = (0.02, 3.0), (0.1, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +51,27 @@ class Law:
   """The law with its parameters; see above.
 
   Attributes:
-    floor: E.
-    decay: b.
-    noise_power: c.
+    floor: size -> E.
     scale: size -> A.
-    knee: size -> R.
+    decay: size -> b.
+    noise: size -> C.
+    noise_power: g.
     steps, ratios: (smallest, largest) that it was fitted to.
   """
 
-  floor: float
-  decay: float
-  noise_power: float
+  floor: dict[str, float]
   scale: dict[str, float]
-  knee: dict[str, float]
+  decay: dict[str, float]
+  noise: dict[str, float]
+  noise_power: float
   steps: tuple[float, float]
   ratios: tuple[float, float]
 
   def loss(self, size: str, steps: float, ratio: float) -> float:
     """The loss that a run is predicted to have after `steps`."""
-    worth = steps / (1 + (ratio / self.knee[size]) ** self.noise_power)
-    return self.floor + self.scale[size] * worth**-self.decay
+    learnt = self.scale[size] * steps ** -self.decay[size]
+    noise = self.noise[size] * (ratio / math.sqrt(math.prod(self.ratios))) ** self.noise_power
+    return self.floor[size] + learnt + noise
 
   def outside(self, steps: float, ratio: float) -> float:
     """By what factor steps or ratio are outside of the measured range; 1: they are within."""
@@ -110,9 +111,9 @@ def fit(readings: Sequence[Reading]) -> tuple[Law, Errors]:
         f'size {size} has runs at {len(own)} noise-to-batch ratios; a law takes {FEWEST_RATIOS}'
         ' or more: add some to --ratios'
       )
-  if len(readings) <= 3 + 2 * len(ratios):
+  if len(readings) <= 1 + 4 * len(ratios):
     raise UserError(
-      f'{len(readings)} readings do not determine the {3 + 2 * len(ratios)} parameters of the law;'
+      f'{len(readings)} readings do not determine the {1 + 4 * len(ratios)} parameters of the law;'
       ' raise --steps'
     )
   law = _nearest(readings)
@@ -131,37 +132,35 @@ def _nearest(readings):
   ratio, step, loss = (
     np.array([getattr(reading, name) for reading in readings]) for name in ('ratio', 'step', 'loss')
   )
+  steps, ratios = ((float(x.min()), float(x.max())) for x in (step, ratio))
+  middle = math.sqrt(math.prod(ratios))
 
   def error(x):
-    floor, decay, power = np.exp(x[:3])
-    scale, knee = np.exp(x[3:].reshape(2, -1))[:, size]
-    worth = step / (1 + (ratio / knee) ** power)
-    return np.log((floor + scale * worth**-decay) / loss)
+    floor, scale, decay, noise = np.exp(x[1:].reshape(4, -1))[:, size]
+    predicted = floor + scale * step**-decay + noise * (ratio / middle) ** np.exp(x[0])
+    return np.log(predicted / loss)
 
-  lowest, span = loss.min(), (ratio.min(), ratio.max())
-  bounds = [(lowest / 1e3, lowest), _DECAYS, _POWERS]
-  bounds += [(lowest / 1e6, loss.max() * 1e9)] * len(names)
-  bounds += [(span[0] / 30, span[1] * 30)] * len(names)
-  low, high = np.log(bounds).T
+  most = loss.max()
+  bounds = [(most / 1e6, most), (most / 1e6, most * 1e9), _DECAYS, (most / 1e6, most)]
+  low, high = np.log([_POWERS, *itertools.chain(*([pair] * len(names) for pair in bounds))]).T
   best = None
   # The sum has valleys: each start finds one.
-  for floor, decay, knee in itertools.product((0.1, 0.9), (0.2, 0.8), (0, 1)):
-    start = [floor * lowest, decay, 1.5]
-    start += [np.median(loss) * np.median(step) ** decay] * len(names)
-    start += [span[knee]] * len(names)
+  for floor, decay, noise in itertools.product((0.05, 0.5), (0.3, 1.0), (0.01, 0.2)):
+    scale = most * steps[0] ** decay
+    start = [0.7, *np.repeat([floor * loss.min(), scale, decay, noise * most], len(names))]
     found = optimize.least_squares(error, np.clip(np.log(start), low, high), bounds=(low, high))
     if best is None or found.cost < best.cost:
       best = found
-  floor, decay, power = map(float, np.exp(best.x[:3]))
-  scale, knee = np.exp(best.x[3:].reshape(2, -1))
+  parts = np.exp(best.x[1:].reshape(4, -1))
+  floor, scale, decay, noise = (dict(zip(names, map(float, part))) for part in parts)
   return Law(
     floor=floor,
+    scale=scale,
     decay=decay,
-    noise_power=power,
-    scale=dict(zip(names, map(float, scale))),
-    knee=dict(zip(names, map(float, knee))),
-    steps=(float(step.min()), float(step.max())),
-    ratios=(float(span[0]), float(span[1])),
+    noise=noise,
+    noise_power=float(np.exp(best.x[0])),
+    steps=steps,
+    ratios=ratios,
   )
 
 

@@ -1,6 +1,7 @@
 """What a search found as Markdown, JSON and a picture."""
 
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -41,19 +42,24 @@ def _losses(run):
   return [f'{run["loss"]:.4f}', f'{run["predicted"]:.4f}', f'{run["sampling_share"]:.0%}']
 
 
+_PARAMETERS = (('E', 'floor'), ('A', 'scale'), ('b', 'decay'), ('C', 'noise'))
+
+
 def _law(found):
   if not found.get('law'):
     return []
   law, errors = found['law'], found['errors']
-  told = ', '.join(
-    f'{size}: A {law["scale"][size]:.4g}, R {law["knee"][size]:.3g}' for size in law['scale']
-  )
+  head = ['size', *(name for name, _ in _PARAMETERS)]
+  rows = [[size, *(f'{law[key][size]:.3g}' for _, key in _PARAMETERS)] for size in law['scale']]
+  middle = math.sqrt(math.prod(law['ratios']))
   return [
     '## Law',
     '',
-    f'loss = E + A (T / (1 + (r / R)^c))^-b with E {law["floor"]:.4g}, b {law["decay"]:.3g}, c'
-    f' {law["noise_power"]:.3g}; {told}.',
-    f'Fitted to T from {law["steps"][0]:.0f} to {law["steps"][1]:.0f} and r = sigma / B from'
+    f'loss = E + A T^-b + C (r / {middle:.3g})^{law["noise_power"]:.3g}, r = sigma / B.',
+    '',
+    *_table(head, rows),
+    '',
+    f'Fitted to T from {law["steps"][0]:.0f} to {law["steps"][1]:.0f} and r from'
     f' {law["ratios"][0]:.3g} to {law["ratios"][1]:.3g}.',
     f'Relative error: {errors["fit"]:.1%} (largest {errors["fit_largest"]:.1%}) of what it was'
     f' fitted to, {errors["left_out"]:.1%} (largest {errors["left_out_largest"]:.1%}) of runs left'
