@@ -137,10 +137,12 @@ def _planned(budget, plans, error):
     said += f' It is {best.outside:.2g} times outside of what was measured: measure there first.'
   if len(alike) > 1:
     said += (
-      f' The optimum is flat: {len(alike)} of these {len(plans)} are within the law\'s error'
-      f' ({error:.1%}) of it. The cheapest of them: size {cheapest.size}, batch'
-      f' {cheapest.batch:,}, {cheapest.steps:,} steps, {cheapest.compute / best.compute:.0%} of the'
-      ' operations.'
+      f" The optimum is flat: {len(alike)} of these {len(plans)} are within the law's error"
+      f' ({error:.1%}) of it'
+    )
+    said += '.' if cheapest == best else (
+      f'; the cheapest of them, size {cheapest.size}, batch {cheapest.batch:,},'
+      f' {cheapest.steps:,} steps, takes {cheapest.compute / best.compute:.0%} of the operations.'
     )
   return {
     'budget': dataclasses.asdict(budget),

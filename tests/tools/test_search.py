@@ -137,6 +137,22 @@ def test_plans_that_are_as_good_start_with_the_cheapest():
   assert planner.as_good(plans, 0.001) == plans[:1]
 
 
+def test_a_flat_optimum_is_said_and_so_is_a_far_one(tmp_path, started, capsys):
+  # Noise that leaves the ratio as it is whatever the batch: a smaller one is as good.
+  flat = lambda batch, steps, accountant: 1e-3 * batch
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(planner, 'calibrated', lambda budget: flat)
+    _, found = _search(capsys, tmp_path, *_BUDGET, '--ratios=5e-4,1e-3,2e-3')
+  best, cheapest = found['plans'][0], found['cheapest']
+  assert best['outside'] > 3 and f'{best["outside"]:.2g} times outside' in found['said']
+  assert found['as_good'] > 1 and f'flat: {found["as_good"]} of these' in found['said']
+  assert cheapest['compute'] == min(
+    plan['compute'] for plan in found['plans'][: found['as_good']]
+  )
+  share = f'takes {cheapest["compute"] / best["compute"]:.0%} of the operations'
+  assert (share in found['said']) == (cheapest != best)
+
+
 def test_the_noise_of_a_budget_is_calibrated(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   noise = planner.calibrated(planner.Budget(10_000, 2.0, 1e-4, 1.0))
