@@ -31,7 +31,7 @@ class Runs:
   So what was trained before, by whatever words and by whichever program, is not trained again.
 
   Attributes:
-    commands: what was started, or is to be started by whoever has the machines.
+    commands: all that it takes, whether done before, started, or for others to start.
   """
 
   def __init__(self, workdir: pathlib.Path):
@@ -66,8 +66,12 @@ class Runs:
       for number, handler in before.items():
         signal.signal(number, handler)
 
-  def start(self, what: str, command: Sequence[str], started: bool = True) -> str | None:
-    """Runs a command with its output shown, or only tells it (not `started`).
+  def note(self, command: Sequence[str]) -> None:
+    """Adds a command to `commands`, whether it is still to be started or not."""
+    self.commands.append(shlex.join(command).replace(str(self._workdir), self._given))
+
+  def start(self, what: str, command: Sequence[str]) -> str | None:
+    """Runs a command with its output shown; 'python' is the one that runs this.
 
     Returns:
       Why it failed, None if it did not.
@@ -75,12 +79,8 @@ class Runs:
     Raises:
       SystemExit: with status 143, if it was stopped; what is done is kept.
     """
-    told = shlex.join(['python' if part == sys.executable else part for part in command])
-    told = told.replace(str(self._workdir), self._given)
-    self.commands.append(told)
-    say(f'  $ {told}')
-    if not started:
-      return None
+    if command[0] == 'python':
+      command = [sys.executable, *command[1:]]
     last = 'no word'
     if not self._stopping:
       self._child = subprocess.Popen(

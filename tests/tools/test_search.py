@@ -316,6 +316,7 @@ def test_the_command_measures_fits_plans_and_checks(tmp_path, started, capsys):
   # What is there is not trained again; a smaller real run is planned anew.
   _, again = _search(capsys, tmp_path, *_BUDGET, '--check=1e10', '--ratios=1e-4,1e-3,1e-2')
   assert len(started.commands) == 8
+  assert len(json.loads((tmp_path / 'search.json').read_text())['commands']) == 7
   assert again['plans'] == found['plans'] and again['check']['plan']['compute'] <= 1e10
 
 

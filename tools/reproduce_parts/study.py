@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,23 +78,24 @@ class Study:
       command += ['--', *arguments] if self._launch else arguments
       self._start(run, 'training', command, bool(self._launch))
     else:
-      self._start(run, 'training', [sys.executable, '-m', 'dpcap.train', *arguments])
+      self._start(run, 'training', ['python', '-m', 'dpcap.train', *arguments])
 
   def _evaluate(self, run: str, evaluations: list[str]) -> None:
     missing = [name for name in evaluations if self._record(run, name) is None]
     started = self._scale != 'paper'
     if not missing or (started and run in self._reasons):
       return
-    python = sys.executable if started else 'python'
     for config in scales.evaluation_configs(self._scale, run, missing):
       arguments = [f'--config={config}', f'--workdir={self.folder(run)}']
-      self._start(run, 'evaluation', [python, '-m', 'dpcap.evaluate', *arguments], started)
+      self._start(run, 'evaluation', ['python', '-m', 'dpcap.evaluate', *arguments], started)
 
   def _start(self, run: str, what: str, command: list[str], started: bool = True) -> None:
     """Runs the command, or only tells it; a failure is the run's own."""
-    failed = self._runs.start(what, command, started)
-    if failed or not started:
-      self._reasons[run] = failed or 'not run: its commands are printed'
+    self._runs.note(command)
+    say(f'  $ {self.commands[-1]}')
+    failed = self._runs.start(what, command) if started else 'not run: its commands are printed'
+    if failed:
+      self._reasons[run] = failed
 
   def _record(self, run: str, name: str) -> dict[str, Any] | None:
     """evals/NAME.json, if it is of the last step and of what the config says now."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -175,11 +174,11 @@ def _train_all(runs, experiment, jobs):
     for number, (name, config) in enumerate(configs.items(), 1):
       folder = runs.folder(config)
       say(f'[{number}/{len(configs)}] {folder.name}')
-      failed = None
-      if not runs.is_trained(config):
-        arguments = simulation.arguments(experiment.config, changed[name])
-        command = [sys.executable, '-m', 'dpcap.train', *arguments, f'--workdir={folder}']
-        failed = runs.start('training', command)
+      arguments = simulation.arguments(experiment.config, changed[name])
+      command = ['python', '-m', 'dpcap.train', *arguments, f'--workdir={folder}']
+      runs.note(command)
+      say(f'  $ {runs.commands[-1]}')
+      failed = None if runs.is_trained(config) else runs.start('training', command)
       found[name] = failed or _read(folder, config, jobs[name].ratio)
   return found
 
