@@ -43,18 +43,12 @@ import jax
 from dpcap.errors import UserError
 from dpcap.privacy import CLIPPING_STRATEGIES
 from dpcap.privacy.clipping import SMALLEST_CLIP_NORM
+from tools.arguments import Parser
 from tools.bench_parts import cases, hlo, screen, timing, trace
 
 MAX = 'max'
 ALL_STRATEGIES = (cases.PLAIN, *CLIPPING_STRATEGIES)
 PROFILED_STEPS = 3
-
-
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line, without the usage."""
-
-  def error(self, message: str):
-    raise UserError(message)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   Raises:
     UserError: naming the option, its value and what is allowed.
   """
-  parser = _Parser(
+  parser = Parser(
     prog='python -m tools.bench_clipping',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -46,6 +46,7 @@ from dpcap import data
 from dpcap.data import image as image_ops
 from dpcap.errors import UserError
 from dpcap.privacy.sampling import PoissonSampler, augmentation_generator
+from tools.arguments import Parser
 from tools.bench_parts.photos import make_shards
 
 _SIZE, _TEXT_LENGTH = 224, 40
@@ -299,13 +300,6 @@ def _show(lines: list[dict[str, Any]]) -> None:
   console.print(table)
 
 
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line, without the usage."""
-
-  def error(self, message: str):
-    raise UserError(message)
-
-
 def _at_least_one(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f'{text!r} must be a whole number of at least 1')
@@ -314,7 +308,7 @@ def _at_least_one(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
   """Times everything and prints it; returns the exit status."""
-  parser = _Parser(
+  parser = Parser(
     prog='python -m tools.bench_input',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

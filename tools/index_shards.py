@@ -41,17 +41,11 @@ from dpcap.data.byte_ranges import is_local
 from dpcap.data.tar_index import THREADS, Counts, Index, Wanted, find_shards, total, try_index_shard
 from dpcap.data.tar_shards import IMAGE_KEYS, describe_counts, make_wanted
 from dpcap.errors import UserError
+from tools.arguments import Parser
 
 _EXECUTORS = ('auto', 'processes', 'threads')
 _SECONDS_BETWEEN_LINES = 10.0
 _NAMED = 20  # damaged shards on the screen; the manifest lists all
-
-
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line, without the usage."""
-
-  def error(self, message: str):
-    raise UserError(message)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -60,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   Raises:
     UserError: naming the option, its value and what is allowed.
   """
-  parser = _Parser(
+  parser = Parser(
     prog='python -m tools.index_shards',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

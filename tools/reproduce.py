@@ -27,8 +27,10 @@ import sys
 from absl import logging
 
 from dpcap.errors import UserError
+from tools.arguments import Parser
 from tools.reproduce_parts import output, scales
 from tools.reproduce_parts.study import Study
+from tools.runs import provenance
 from tools.tables import TABLES
 
 
@@ -50,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   Raises:
     UserError: naming the one that is wrong, and what is allowed.
   """
-  parser = _Parser(prog='python -m tools.reproduce', description=__doc__, allow_abbrev=False)
+  parser = Parser(prog='python -m tools.reproduce', description=__doc__, allow_abbrev=False)
   parser.add_argument('table', choices=TABLES)
   parser.add_argument('--scale', choices=scales.SCALES, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
@@ -59,13 +61,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
   if options.launch and options.scale != 'paper':
     raise UserError(f"--launch is {options.launch!r}; it goes with --scale=paper only")
   return options
-
-
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line, without the usage."""
-
-  def error(self, message: str):
-    raise UserError(message)
 
 
 def make(name: str, scale: str, workdir: pathlib.Path, launch: str | None = None) -> dict:
@@ -77,7 +72,7 @@ def make(name: str, scale: str, workdir: pathlib.Path, launch: str | None = None
   measured = [(table.measure or Study.measure)(study, row) for row in rows]
   made = output.as_json(name, scale, measured, table.findings(measured))
   now = f'{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC'
-  about = output.provenance(now, study.commands)
+  about = provenance(now, study.commands)
   output.write(workdir, table.title, made, about, table.number)
   return made
 

@@ -13,6 +13,7 @@ import pytest
 from dpcap import config as config_lib
 from dpcap.errors import UserError
 from tools import reproduce
+from tools import runs as processes
 from tools.reproduce_parts import output, scales, study
 from tools.reproduce_parts.table import Row, Table, above, above_chance, unmeasured
 from tools.tables import TABLES, privacy
@@ -34,7 +35,7 @@ class Started:
   def __call__(self, command, **_):
     self.commands.append(command)
     flags = dict(argument.removeprefix('--').split('=', 1) for argument in command[3:])
-    config, folder = scales.load(flags['config']), pathlib.Path(flags['workdir'])
+    config, folder = processes.load(flags['config']), pathlib.Path(flags['workdir'])
     self.returncode, self.stdout = 0, ['step 1/1\n']
     if self.failing and self.failing in flags['config']:
       self.returncode, self.stdout = 1, ['...\n', 'error: the disk is full\n']
@@ -62,13 +63,13 @@ class Started:
 
 
 def _subprocess(popen):
-  return types.SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+  return types.SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT, run=subprocess.run)
 
 
 @pytest.fixture(name='started')
 def _started(monkeypatch):
   started = Started()
-  monkeypatch.setattr(study, 'subprocess', _subprocess(started))
+  monkeypatch.setattr(processes, 'subprocess', _subprocess(started))
   return started
 
 
@@ -85,10 +86,10 @@ def test_every_row_has_a_config_that_trains_and_one_that_evaluates(name, scale):
   for row in rows:
     # What is only accounted is so at full size.
     trained_at = scale if row.evaluation else 'paper'
-    config_lib.validate(scales.load(scales.training_config(trained_at, row.run)))
+    config_lib.validate(processes.load(scales.training_config(trained_at, row.run)))
     if row.evaluation:
       (config,) = scales.evaluation_configs(scale, row.run, [row.evaluation])
-      config = scales.load(config)
+      config = processes.load(config)
       config_lib.validate(config)
       assert row.evaluation in config.evals
       if row.shots:
@@ -211,7 +212,7 @@ def test_sigterm_is_passed_on_and_ends_with_its_status(tmp_path, monkeypatch):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     return children[-1]
 
-  monkeypatch.setattr(study, 'subprocess', _subprocess(sleep))
+  monkeypatch.setattr(processes, 'subprocess', _subprocess(sleep))
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as e:
     study.Study('smoke', tmp_path).prepare([_ROW])
@@ -274,6 +275,6 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys):
 
 
 def test_tables_name_commit_machine_and_date():
-  made = output.provenance('2026-01-02 03:04 UTC', ['python -m x'])
+  made = processes.provenance('2026-01-02 03:04 UTC', ['python -m x'])
   assert made['date'] == '2026-01-02 03:04 UTC' and made['commands'] == ['python -m x']
   assert 'CPU cores' in made['machine'] and made['commit']

@@ -53,7 +53,7 @@ def measure(config: ml_collections.ConfigDict, vocab_size: int) -> Parts:
     chunk=chunk,
     accumulate=compiled.memory_analysis().temp_size_in_bytes,
     update=released.memory_analysis().temp_size_in_bytes,
-    flops=_flops(config, vocab_size),
+    flops=flops_per_example(config, vocab_size),
   )
 
 
@@ -93,7 +93,7 @@ def chunk_shapes(config: ml_collections.ConfigDict) -> PyTree:
   return examples, shape(lead, np.bool_), shape((1,), np.int32)
 
 
-def _flops(config: ml_collections.ConfigDict, vocab_size: int) -> float:
+def flops_per_example(config: ml_collections.ConfigDict, vocab_size: int) -> float:
   """Of one example: XLA counts the body of a loop once, so blocks must not be scanned."""
   unrolled = config.copy_and_resolve_references()
   unrolled.model.scan_blocks = False

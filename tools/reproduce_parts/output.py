@@ -2,16 +2,12 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import platform
-import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import figure
 
-from tools.reproduce_parts.study import REPOSITORY
 from tools.reproduce_parts.table import Finding, Measured
 
 _INK, _ACCENT, _LINE = '#333333', '#2a6f97', '#cccccc'
@@ -27,18 +23,6 @@ def as_json(
     'scale': scale,
     'rows': list(rows),
     'findings': [dataclasses.asdict(finding) for finding in findings],
-  }
-
-
-def provenance(date: str, commands: Sequence[str]) -> dict[str, Any]:
-  """What a result file says of its making."""
-  describe = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
-  answer = subprocess.run(describe, cwd=REPOSITORY, capture_output=True, text=True)
-  return {
-    'commit': answer.stdout.strip() or 'unknown',
-    'machine': f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores',
-    'date': date,
-    'commands': list(commands),
   }
 
 

@@ -1,11 +1,9 @@
 """At which scale a table is made: which config trains a run, and which evaluates it."""
 
-import importlib
 from collections.abc import Sequence
 
-import ml_collections
-
 from configs import dpcap
+from tools.runs import load
 
 # What a row's evaluations are called: `{data set}_{evaluator}`, as the config files have it.
 DATASETS = {
@@ -47,10 +45,3 @@ def stage_of(scale: str, run: str) -> str | None:
   file, _, words = run.partition(':')
   sizes = [word for word in words.split(',') if word in dpcap.SIZES]
   return f'textures:{",".join([*sizes, f"for_{file}"])}'
-
-
-def load(config: str) -> ml_collections.ConfigDict:
-  """The ConfigDict that a value of --config names."""
-  file, _, argument = config.partition(':')
-  module = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
-  return module.get_config(argument) if argument else module.get_config()

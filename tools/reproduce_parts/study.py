@@ -1,45 +1,37 @@
 """The runs behind the tables: trained and evaluated once, in processes of their own."""
 
-import hashlib
 import json
 import pathlib
 import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
+
+import ml_collections
 
 from dpcap import config as config_lib
 from dpcap import privacy
 from dpcap.training import build
-from dpcap.training.workdir import publish_statement
 from tools.reproduce_parts import scales
 from tools.reproduce_parts.table import Measured, Row, unmeasured
-
-REPOSITORY = pathlib.Path(__file__).parents[2]
-
-# Exit status of who was asked to stop: what shells report for SIGTERM.
-STOPPED = 143
+from tools.runs import Runs, load, read_json, say
 
 
 class Study:
-  """Runs of one scale in `workdir`/runs, each in a folder named by a digest of its config.
+  """Runs of one scale in `workdir`/runs, which tables share.
 
-  So tables share them, and what was trained or evaluated before is not done again.
-
-  Attributes:
-    commands: all that the rows take, whether done before, started, or for others to start.
+  What was trained or evaluated before is not done again.
   """
 
   def __init__(self, scale: str, workdir: pathlib.Path, launch: str | None = None):
     """`launch` is the launcher that starts trainings at the scale 'paper', with its options."""
     self._scale, self._launch = scale, launch
-    self._given, self._workdir = str(workdir), workdir.resolve()
+    self._runs = Runs(workdir)
     self._reasons: dict[str, str] = {}  # run -> why it has no value
-    self._child: subprocess.Popen | None = None
-    self._stopping = False
-    self.commands: list[str] = []
+
+  @property
+  def commands(self) -> list[str]:
+    """All that the rows take, whether done before, started, or for others to start."""
+    return self._runs.commands
 
   def prepare(self, rows: Sequence[Row]) -> None:
     """Trains and evaluates what the rows need and is not there; a failure is the rows' own.
@@ -53,15 +45,11 @@ class Study:
         stage = scales.stage_of(self._scale, row.run)
         wanted |= {stage: wanted.get(stage, {})} if stage else {}
         wanted.setdefault(row.run, {})[row.evaluation] = None
-    before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with self._runs.stoppable():
       for number, (run, evaluations) in enumerate(wanted.items(), 1):
-        self._say(f'[{number}/{len(wanted)}] {run}')
+        say(f'[{number}/{len(wanted)}] {run}')
         self._train(run)
         self._evaluate(run, list(evaluations))
-    finally:
-      for number, handler in before.items():
-        signal.signal(number, handler)
 
   def measure(self, row: Row) -> Measured:
     """The row with its value and interval, or why there is none."""
@@ -79,12 +67,10 @@ class Study:
 
   def folder(self, run: str) -> pathlib.Path:
     """The workdir of a run."""
-    config = scales.load(scales.training_config(self._scale, run))
-    fixed = json.dumps(config_lib.fixed_part(config_lib.to_json(config)), sort_keys=True)
-    return self._workdir / 'runs' / hashlib.sha256(fixed.encode()).hexdigest()[:12]
+    return self._runs.folder(self._config(run))
 
   def _train(self, run: str) -> None:
-    config = scales.load(scales.training_config(self._scale, run))
+    config = self._config(run)
     config_lib.validate(config)
     arguments = [
       f'--config={scales.training_config(self._scale, run)}',
@@ -96,8 +82,8 @@ class Study:
     command = ['python', '-m', 'dpcap.train', *arguments]
     if self._launch:
       command = [*shlex.split(self._launch), '--', *arguments]
-    self._note(command)
-    if self._statement(run).get('steps') == config.train.steps:
+    self._runs.note(command)
+    if self._runs.is_trained(config):
       return
     if stage in self._reasons and self._scale != 'paper':
       self._reasons[run] = f'{stage}, which it starts from: {self._reasons[stage]}'
@@ -108,48 +94,24 @@ class Study:
     for config, names in scales.evaluation_configs(self._scale, run, evaluations).items():
       arguments = [f'--config={config}', f'--workdir={self.folder(run)}']
       command = ['python', '-m', 'dpcap.evaluate', *arguments]
-      self._note(command)
+      self._runs.note(command)
       if all(self._record(run, name) for name in names):
         continue
       if self._scale == 'paper' or run not in self._reasons:
         self._start(run, 'evaluation', command, self._scale != 'paper')
 
-  def _note(self, command: list[str]) -> None:
-    self.commands.append(shlex.join(command).replace(str(self._workdir), self._given))
-
   def _start(self, run: str, what: str, command: list[str], started: bool) -> None:
-    """Runs the command with its output shown, or only tells it."""
-    self._say(f'  $ {self.commands[-1]}')
-    if not started:
-      self._reasons[run] = 'not run: its commands are printed'
-      return
-    if command[0] == 'python':
-      command = [sys.executable, *command[1:]]
-    last = 'no word'
-    if not self._stopping:
-      self._child = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-      )
-      for line in self._child.stdout:
-        last = line.strip() or last
-        self._say(f'    {line.rstrip()}')
-      self._child.wait()
-    if self._stopping or self._child.returncode == STOPPED:
-      self._say('stopped; the same command goes on')
-      sys.exit(STOPPED)
-    if self._child.returncode:
-      self._reasons[run] = f'{what} ended with status {self._child.returncode}: {last}'
-
-  def _stop(self, number, frame):
-    self._stopping = True
-    if self._child and self._child.poll() is None:
-      self._child.terminate()
+    """Runs the command, or only tells it; a failure is the run's own."""
+    say(f'  $ {self.commands[-1]}')
+    failed = self._runs.start(what, command) if started else 'not run: its commands are printed'
+    if failed:
+      self._reasons[run] = failed
 
   def _record(self, run: str, name: str) -> dict[str, Any] | None:
     """evals/NAME.json, if it is of the last step and of what the config says now."""
     (config,) = scales.evaluation_configs(self._scale, run, [name])
-    config = scales.load(config)
-    record = _read(self.folder(run) / 'evals' / f'{name}.json')
+    config = load(config)
+    record = read_json(self.folder(run) / 'evals' / f'{name}.json')
     asked = json.loads(config_lib.to_json(config))['evals'].get(name)
     if not record or asked is None:
       return None
@@ -157,15 +119,9 @@ class Study:
     last = pathlib.Path(record['checkpoint']).name == str(config.train.steps)
     return record if last and record['options'] == options else None
 
-  def _statement(self, run: str) -> dict[str, Any]:
-    folder = self.folder(run)
-    if folder.exists():
-      publish_statement(folder)
-    return _read(folder / 'privacy.json') or {}
-
   def _epsilon(self, run: str) -> float | None:
     """The tightest that the run's statement has, or that its config will have; None: infinite."""
-    statement = self._statement(run)
+    statement = self._runs.statement(self._config(run))
     if statement:
       bounds = [bound for bound in statement['epsilon'].values() if bound is not None]
       return min(bounds) if statement['private'] and bounds else None
@@ -173,16 +129,9 @@ class Study:
 
   def plan(self, run: str, scale: str | None = None) -> privacy.PrivacyPlan:
     """The privacy parameters of a run, from its config at the study's scale or the one given."""
-    config = scales.load(scales.training_config(scale or self._scale, run))
+    config = load(scales.training_config(scale or self._scale, run))
     size = config.data.dataset_size or len(build.make_source(config, config.data.source))
     return build.make_plan(config, size)
 
-  def _say(self, line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any] | None:
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError):
-    return None
+  def _config(self, run: str) -> ml_collections.ConfigDict:
+    return load(scales.training_config(self._scale, run))
