@@ -7,26 +7,28 @@
     python -m tools.search --workdir=DIR --sizes=demo --ratios=1e-3
         --sweep=optimizer.learning_rate=1e-3,3e-3,1e-2 [--sweep=privacy.clip_norm=0.1,1] ...
 
-The loss of a run follows from model size, steps and the noise-to-batch ratio sigma / B (McKenna et al.
-2025, arXiv 2501.18914). So small batches with as little noise simulate runs with large ones
-(`privacy.simulation_divisor`), on generated data, or on data that you say are public. The learning rate
-is constant after the warm-up: the loss on the way is then that of a run that ends there, and one run
-gives all steps up to its own. It is the training loss, averaged over stretches of steps; a simulation
-sees no more images than there are, nearly every one is new to it, and so it is held-out loss, of any
-model and at no cost. `tools/search_parts/law.py` states the law.
+The loss of a run follows from model size, steps and the noise-to-batch ratio sigma / B (McKenna
+et al. 2025, arXiv 2501.18914). So small batches with as little noise simulate runs with large
+ones (`privacy.simulation_divisor`), on generated data, or on data that you say are public. The
+learning rate is constant after the warm-up: the loss on the way is then that of a run that ends
+there, and one run gives all steps up to its own. It is the training loss, averaged over stretches
+of steps; a simulation draws no more images than there are, nearly every one is new to it, and so
+it is held-out loss, of any model and at no cost. `tools/search_parts/law.py` states the law.
 
-With epsilon, N (--dataset_size) and --compute (floating-point operations of all gradients), the best
-plans within them: batch, steps, size, sigma by PLD, predicted loss. Plans up to 4 times outside of what
-was measured are marked, others left out. --check trains the best one for real at its epsilon, on generated
-data of that N, or the best within COMPUTE. --sweep trains simulations for each choice of any keys.
+With epsilon, N (--dataset_size) and --compute (floating-point operations of all gradients), the
+best plans within them: batch, steps, size, sigma by PLD, predicted loss. Plans up to 4 times
+outside of what was measured are marked, others left out. --check trains the best one for real at
+its epsilon, on generated data of that N, or the best within COMPUTE. --sweep trains simulations
+for each choice of any keys.
 
-DIR/search.md, .json and .png (or sweep.*) hold what was found, DIR/runs the runs. SIGTERM stops with status
-143, and the same command goes on; runs that are done are not done again. The last line on stdout is JSON:
-{"title", "runs": [{"size", "ratio", "loss", "predicted", "sampling_share", "why"}], "law", "errors",
-"budget", "plans": [{"size", "batch", "steps", "noise_multiplier", "ratio", "loss", "compute",
-"outside"}], "as_good": how many of these the law does not tell from the best, "cheapest" of them, "said",
-"check": {"plan", "predicted", "measured", "error", "error_along"}}, null where not asked for; of a sweep
-{"title", "size", "ratio", "steps", "sweep": [{"values", "loss", "why"}]}.
+DIR/search.md, .json and .png (or sweep.*) hold what was found, DIR/runs the runs. SIGTERM stops
+with status 143, and the same command goes on; runs that are done are not done again. The last
+line on stdout is JSON: {"title", "runs": [{"size", "ratio", "loss", "predicted",
+"sampling_share", "why"}], "law", "errors", "budget", "plans": [{"size", "batch", "steps",
+"noise_multiplier", "ratio", "loss", "compute", "outside"}], "as_good": how many of these the law
+does not tell from the best, "cheapest" of them, "said", "check": {"plan", "predicted",
+"measured", "error", "error_along"}}, null where not asked for; of a sweep {"title", "size",
+"ratio", "steps", "sweep": [{"values", "loss", "why"}]}.
 """
 
 import dpcap.ending  # noqa: F401, I001  before what takes long

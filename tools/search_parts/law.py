@@ -5,11 +5,11 @@ steps T and the noise-to-batch ratio r = sigma / B alone. The law here is
 
     loss(M, T, r) = E_M + A_M T^-b_M + C_M (r / r_0)^g,        with all parameters >= 0
 
-what a size never learns, what it has not learnt yet, and what noise keeps it from learning: at a constant
-learning rate noise holds parameters at a distance from the optimum, however long a run is. r_0 is the
-geometric middle of the measured ratios, so that C is a loss. E, A, b and C are a size's own, g is
-common to all: 1 + 4 (sizes) parameters. The loss falls with T and grows with r whatever they are.
-Errors are relative: of the logarithm of the loss.
+what a size never learns, what it has not learnt yet, and what noise keeps it from learning: at a
+constant learning rate noise holds parameters at a distance from the optimum, however long a run is.
+r_0 is the geometric middle of the measured ratios, so that C is a loss. E, A, b and C are a size's
+own, g is common to all: 1 + 4 (sizes) parameters. The loss falls with T and grows with r whatever
+they are. Errors are relative: of the logarithm of the loss.
 """
 
 import dataclasses

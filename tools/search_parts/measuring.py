@@ -141,9 +141,9 @@ def cost(experiment: Experiment, size: str) -> Cost:
 def sampling_share(ratio: float, batch: int, parameters: int) -> float:
   """The most of a gradient's variance that comes from the small batch instead of the noise.
 
-  A simulation is right as far as this is small: the run that it simulates has a larger batch. Of
-  the mean of `batch` gradients of norm C or less it is at most C^2 / batch, of the noise (r C)^2 for
-  each parameter.
+  A simulation is right as far as this is small: the run that it simulates has a larger batch.
+  Of the mean of `batch` gradients of norm C or less it is at most C^2 / batch, of the noise
+  (r C)^2 for each parameter.
   """
   return 1 / (1 + ratio**2 * parameters * batch)
 
@@ -196,8 +196,8 @@ def _check_data(config: ml_collections.ConfigDict, public: bool) -> None:
   if source not in data.GENERATED and not public:
     raise UserError(
       f'data.source.name is {source!r}; a search has no guarantee for what it trains on: it takes'
-      f' generated data ({", ".join(data.GENERATED)}), or --public_data, by which you say that these'
-      ' are public'
+      f' generated data ({", ".join(data.GENERATED)}), or --public_data, by which you say that'
+      ' these are public'
     )
   length, declared = _length(config), config.data.dataset_size
   if declared not in (None, length):

@@ -34,7 +34,8 @@ def _runs(found):
     [run['size'], f'{run["ratio"]:.3g}', *([run['why'], '', ''] if run['why'] else _losses(run))]
     for run in found['runs']
   ]
-  head = ['size', 'sigma / B', 'loss at the end', 'by the law', 'variance that is sampling, at most']
+  sampling = 'variance that is sampling, at most'
+  head = ['size', 'sigma / B', 'loss at the end', 'by the law', sampling]
   return ['## Measured', '', *_table(head, rows), '']
 
 

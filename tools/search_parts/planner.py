@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from dpcap import privacy
 from dpcap.errors import UserError
 from dpcap.training import noise_cache
 from tools.search_parts.law import Law
@@ -64,7 +63,7 @@ Noise = Callable[[int, int, str], float | None]
 
 
 def calibrated(budget: Budget) -> Noise:
-  """The noise of `dpcap.privacy.calibrate`, kept in the user's cache."""
+  """The noise of `dpcap.privacy.calibrate` for Poisson sampling, kept in the user's cache."""
 
   @functools.cache
   def noise(batch, steps, accountant):
@@ -117,8 +116,8 @@ def best(law: Law, costs: Mapping[str, float], budget: Budget, noise: Noise) -> 
       f'within --compute={budget.compute:g} and epsilon {budget.epsilon:g} on'
       f' {budget.dataset_size:,} records no batch and steps have a noise-to-batch ratio from'
       f' {law.ratios[0] / FURTHEST:.3g} to {law.ratios[1] * FURTHEST:.3g} and'
-      f' {law.steps[0]:.0f} to {law.steps[1] * FURTHEST:.0f} steps, as the law is known for; measure'
-      ' other --ratios or --steps, or raise the budget'
+      f' {law.steps[0]:.0f} to {law.steps[1] * FURTHEST:.0f} steps, as the law is known for;'
+      ' measure other --ratios or --steps, or raise the budget'
     )
   precise = []
   for plan in found:

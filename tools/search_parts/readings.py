@@ -43,6 +43,7 @@ def read(workdir: pathlib.Path, size: str, ratio: float, warmup: int) -> list[Re
   if not readings:
     raise UserError(
       f'{path}: the run ends with step {last}, before its loss can be read; it takes more than'
-      f' {math.ceil(_STRETCH * max(warmup, _FIRST_STEP))} steps (optimizer.warmup_steps is {warmup})'
+      f' {math.ceil(_STRETCH * max(warmup, _FIRST_STEP))} steps (optimizer.warmup_steps is'
+      f' {warmup})'
     )
   return readings[::-1]
