@@ -352,7 +352,7 @@ def test_kinds_of_files_cannot_be_told_apart_and_drawn_ones_can(trained, tfds_di
     make_folder(tmp_path / 'images', range(100, 104)),
   ]
   drawn = [kind(split='train', size=9, image_size=8) for kind in (Scenes, Textures)]
-  assert [source.contents.kind for source in drawn] == list(contents.DRAWN)
+  assert [source.contents.kind for source in drawn] == list(contents.GENERATED)
   for i, a in enumerate(files):
     assert all(relation(a, source) is True for source in drawn)
     for b in files[:i]:

@@ -60,7 +60,7 @@ def test_too_little_room_is_refused_before_a_worker_starts(monkeypatch):
   batches = make_batches()
   assert batches.element_bytes == 16 * (4 * 4 * 3 + 8 * 4)
   chunk = batches[0][0].examples
-  assert batches.element_bytes == chunk.image.nbytes + chunk.tokens.nbytes
+  assert batches.element_bytes == sum(x.nbytes for x in chunk.values())
   room = os.statvfs('/')
   small = lambda path: os.statvfs_result((4096, 4096, 9, 1, 1, *tuple(room)[5:]))
   monkeypatch.setattr(os, 'statvfs', small)

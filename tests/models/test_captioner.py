@@ -271,7 +271,7 @@ def test_bfloat16_keeps_parameters_loss_and_features_float32(images, variables):
   'change, message',
   [
     (dict(name='mea'), "model='mea' is unknown; choose one of captioner"),
-    (dict(size='huge'), "size='huge' is unknown; choose one of micro, demo, nano"),
+    (dict(size='huge'), "size='huge' is unknown; choose one of micro, demo, demo_wide"),
     (dict(dtype='float16'), "dtype='float16' is unknown; choose one of float32, bfloat16"),
     (dict(image_size=100), 'image_size=100 must be a positive multiple of the patch size, 16'),
     (dict(patch_size=15), 'image_size=224 must be a positive multiple of the patch size, 15'),
