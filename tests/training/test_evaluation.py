@@ -253,7 +253,6 @@ def test_other_models_go_the_same_way(model, unit, evaluator, tmp_path, capfd):
   config = _config(evaluate_at=(2,), steps=2)
   config.model = config_lib.model_config(**model)
   config.data.update(views=2, pad_crop=2, color_jitter=(0.4, 0.4, 0.4, 0.1, 0.5))
-  config.privacy.clipping, config.privacy.check_clipping = 'auto', True
   source = config_lib.source_config('scenes', split='test', size=16)
   config.evals = {'result': config_lib.evaluator_config(**evaluator, source=source)}
   config_lib.validate(config)
