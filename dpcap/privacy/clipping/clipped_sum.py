@@ -56,15 +56,15 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from dpcap.privacy.bookkeeping import bookkeeping
-from dpcap.privacy.clip_functions import Clip, ClipFunction
-from dpcap.privacy.computed_once import settled
-from dpcap.privacy.contributions import ClippedSum, stand_in, weighted, without_unusable
-from dpcap.privacy.ghost import ghost
-from dpcap.privacy.kept_sites import factor_norms
-from dpcap.privacy.rounding import at_least_float32
-from dpcap.privacy.tracing import trace_loss
-from dpcap.privacy.uses import FLOATS, find_uses
+from dpcap.privacy.clipping.bookkeeping import bookkeeping
+from dpcap.privacy.clipping.clip_functions import Clip, ClipFunction
+from dpcap.privacy.clipping.computed_once import settled
+from dpcap.privacy.clipping.contributions import ClippedSum, stand_in, weighted, without_unusable
+from dpcap.privacy.clipping.ghost import ghost
+from dpcap.privacy.clipping.kept_sites import factor_norms
+from dpcap.privacy.clipping.rounding import at_least_float32
+from dpcap.privacy.clipping.tracing import trace_loss
+from dpcap.privacy.clipping.uses import FLOATS, find_uses
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]

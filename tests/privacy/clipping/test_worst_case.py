@@ -1,4 +1,4 @@
-"""The worst that a search finds in seconds; `python -m tests.privacy.search` takes longer."""
+"""The worst that a search finds in seconds; `python -m tests.privacy.clipping.search` takes longer."""
 
 import json
 import time
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dpcap import privacy
-from tests.privacy import search
-from tests.privacy.adversaries import CASES, GENES, decoded
-from tests.privacy.search import SETTINGS, UNIT, Climb, Settings
+from tests.privacy.clipping import search
+from tests.privacy.clipping.adversaries import CASES, GENES, decoded
+from tests.privacy.clipping.search import SETTINGS, UNIT, Climb, Settings
 
 # Of climbing, once it is compiled; of processor time, or a busy machine would search less.
 SECONDS = 0.6

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from dpcap import privacy
-from dpcap.privacy import norms, outer_products
-from dpcap.privacy.outer_products import Products, Rows
-from dpcap.privacy.rounding import tree_sum
-from dpcap.privacy.tracing import trace_loss
-from dpcap.privacy.uses import find_uses
-from tests.privacy.programs import CLIP_NORM, MARGIN, norm
+from dpcap.privacy.clipping import norms, outer_products
+from dpcap.privacy.clipping.outer_products import Products, Rows
+from dpcap.privacy.clipping.rounding import tree_sum
+from dpcap.privacy.clipping.tracing import trace_loss
+from dpcap.privacy.clipping.uses import find_uses
+from tests.privacy.clipping.programs import CLIP_NORM, MARGIN, norm
 
 TOKENS, INPUTS, OUTPUTS, ROWS = 6, 37, 41, 50
 

@@ -154,7 +154,7 @@ def test_plain_sum_refuses_them_too():
 
 
 def test_the_check_sees_a_loss_that_mixes_behind_the_trace(monkeypatch):
-  monkeypatch.setattr('dpcap.privacy.tracing._way_around', lambda eqn, axes: None)
+  monkeypatch.setattr('dpcap.privacy.clipping.tracing._way_around', lambda eqn, axes: None)
   mean = jax.custom_batching.custom_vmap(lambda x: x)
   mean.def_vmap(mixing)
   batch = np.float32(np.random.default_rng(0).normal(size=(2, 3)))
@@ -242,7 +242,7 @@ def test_an_example_draws_from_its_own_key(strategy):
 
 
 def test_the_check_sees_examples_that_draw_from_the_key_of_the_first(monkeypatch):
-  monkeypatch.setattr('dpcap.privacy.tracing._way_around', lambda eqn, axes: None)
+  monkeypatch.setattr('dpcap.privacy.clipping.tracing._way_around', lambda eqn, axes: None)
   with pytest.raises(privacy.ClippingMismatch, match='change with its company'):
     privacy.check_clipping(
       noisy_loss('rbg'), jnp.ones(3), examples_with_keys(), strategy='vmap'

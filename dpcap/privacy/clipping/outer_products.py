@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
-from dpcap.privacy.rounding import at_least_float32
-from dpcap.privacy.uses import Site, base_permutation, roles, through_chain
+from dpcap.privacy.clipping.rounding import at_least_float32
+from dpcap.privacy.clipping.uses import Site, base_permutation, roles, through_chain
 
 # Temporaries of one step of norms or sums stay below this size.
 MAX_TEMPORARY_BYTES = 2**26

@@ -7,15 +7,15 @@ Source: Bu et al. 2022, Differentially Private Optimization on Large Model at Sm
 import jax
 import jax.numpy as jnp
 
-from dpcap.privacy.contributions import (
+from dpcap.privacy.clipping.contributions import (
   ClippedSum,
   repeated,
   unflattened,
   without_unusable,
 )
-from dpcap.privacy.kept_sites import factor_norms, keep_sites
-from dpcap.privacy.replay import replay
-from dpcap.privacy.uses import Path, Site, find_uses
+from dpcap.privacy.clipping.kept_sites import factor_norms, keep_sites
+from dpcap.privacy.clipping.replay import replay
+from dpcap.privacy.clipping.uses import Path, Site, find_uses
 
 
 def bookkeeping(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:

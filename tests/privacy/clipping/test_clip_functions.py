@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpcap import privacy
-from dpcap.privacy import clip_functions
+from dpcap.privacy.clipping import clip_functions
 
 FUNCTIONS = [privacy.Clip(), privacy.Automatic(), privacy.Automatic(gamma=5.0)]
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives as p
 
-from dpcap.privacy import jax_internals
+from dpcap.privacy.clipping import jax_internals
 
 PyTree = Any
 

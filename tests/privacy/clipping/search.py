@@ -1,6 +1,6 @@
 """A search for examples that contribute more than they may, and for sums that lose more.
 
-  python -m tests.privacy.search --strategy=bookkeeping --minutes=60 --seed=1
+  python -m tests.privacy.clipping.search --strategy=bookkeeping --minutes=60 --seed=1
 
 climbs from random starts in every case (or in those that --cases matches), prints each new
 record, and in the end one JSON line per strategy: the largest contribution found, in units
@@ -29,7 +29,7 @@ from jax import lax
 
 from dpcap import privacy
 from dpcap.privacy import clipping
-from tests.privacy.adversaries import CASES, GENES, Case, choose, decoded, optional
+from tests.privacy.clipping.adversaries import CASES, GENES, Case, choose, decoded, optional
 
 # --- What an example contributes.
 

@@ -21,21 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpcap.privacy import norms, outer_products
-from dpcap.privacy.bookkeeping import batch_axes, make_slot, tap
-from dpcap.privacy.computed_once import settled
-from dpcap.privacy.contributions import (
+from dpcap.privacy.clipping import norms, outer_products
+from dpcap.privacy.clipping.bookkeeping import batch_axes, make_slot, tap
+from dpcap.privacy.clipping.computed_once import settled
+from dpcap.privacy.clipping.contributions import (
   ClippedSum,
   repeated,
   unflattened,
   weighted,
   without_unusable,
 )
-from dpcap.privacy.kept_sites import factor_norms, keep_sites
-from dpcap.privacy.norms import SquaredNorm
-from dpcap.privacy.replay import replay
-from dpcap.privacy.rounding import at_least_float32, gamma, sum_of_squares, tree_depth
-from dpcap.privacy.uses import Site, View, find_uses
+from dpcap.privacy.clipping.kept_sites import factor_norms, keep_sites
+from dpcap.privacy.clipping.norms import SquaredNorm
+from dpcap.privacy.clipping.replay import replay
+from dpcap.privacy.clipping.rounding import at_least_float32, gamma, sum_of_squares, tree_depth
+from dpcap.privacy.clipping.uses import Site, View, find_uses
 
 PyTree = Any
 

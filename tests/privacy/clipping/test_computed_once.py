@@ -7,7 +7,7 @@ import pytest
 
 from dpcap.privacy import CLIPPING_STRATEGIES, clipped_sum, settled
 from dpcap.privacy.clipping import ROUNDING_MARGIN
-from tests.privacy.search import AT_LEISURE
+from tests.privacy.clipping.search import AT_LEISURE
 
 _TOKENS, _IN, _OUT = 40, 128, 128
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpcap.privacy.clip_functions import Clip, ClipFunction
-from dpcap.privacy.clipping import LossFn, clipped_sum
+from dpcap.privacy.clipping.clip_functions import Clip, ClipFunction
+from dpcap.privacy.clipping.clipped_sum import LossFn, clipped_sum
 
 PyTree = Any
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpcap.privacy import norms, outer_products
-from dpcap.privacy.computed_once import settled
-from dpcap.privacy.contributions import weighted
-from dpcap.privacy.norms import SquaredNorm
-from dpcap.privacy.rounding import TINY, gamma, sum_in_pairs, sum_of_squares, tree_depth
-from dpcap.privacy.uses import Path, Site
+from dpcap.privacy.clipping import norms, outer_products
+from dpcap.privacy.clipping.computed_once import settled
+from dpcap.privacy.clipping.contributions import weighted
+from dpcap.privacy.clipping.norms import SquaredNorm
+from dpcap.privacy.clipping.rounding import TINY, gamma, sum_in_pairs, sum_of_squares, tree_depth
+from dpcap.privacy.clipping.uses import Path, Site
 
 # How much of what rounding may add `factor_norms` leaves uncounted. The rest of ROUNDING_MARGIN
 # is for sums of squares whose terms meet up to 50 roundings, and a few roundings of a norm, its

@@ -13,7 +13,7 @@ import pytest
 
 from dpcap import privacy
 from dpcap.privacy import clipping
-from tests.privacy import zoo
+from tests.privacy.clipping import zoo
 
 BATCH, CLIP_NORM = 5, 1.0
 STRATEGIES = [name for name in privacy.CLIPPING_STRATEGIES if name != 'vmap']

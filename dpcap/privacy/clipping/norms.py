@@ -52,7 +52,7 @@ in a narrow type rounds to it besides.
 What it costs. Both bounds look at what is there, not at the worst that could be: for ordinary
 gradients, D^a |B| and |A| D^b sum up to a few |S|^2. Beside the norm, half of `error` over `value` and the
 root of `rounding` over the norm come to at most 7e-5 for 2 to 40 random output gradients over inputs that have
-much in common, 192 to 768 wide (a test holds that). ROUNDING_MARGIN of `clipping.py` takes up 8e-6 of it;
+much in common, 192 to 768 wide (a test holds that). ROUNDING_MARGIN of `clipped_sum.py` takes up 8e-6 of it;
 factors are smaller by the rest. Narrower slices lower it and take more time.
 """
 
@@ -63,9 +63,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpcap.privacy import outer_products
-from dpcap.privacy.outer_products import Products, Rows, dot, tokens_of
-from dpcap.privacy.rounding import (
+from dpcap.privacy.clipping import outer_products
+from dpcap.privacy.clipping.outer_products import Products, Rows, dot, tokens_of
+from dpcap.privacy.clipping.rounding import (
   TINY,
   at_least_float32,
   gamma,
@@ -75,7 +75,7 @@ from dpcap.privacy.rounding import (
   tree_sum,
   unit_roundoff,
 )
-from dpcap.privacy.uses import Site
+from dpcap.privacy.clipping.uses import Site
 
 # Terms of a Gram entry that are added in an unknown order. Fewer are a tighter bound and more work.
 _SLICE = 96

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpcap.privacy.rounding import at_least_float32
+from dpcap.privacy.clipping.rounding import at_least_float32
 
 PyTree = Any
 

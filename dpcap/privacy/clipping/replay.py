@@ -7,8 +7,8 @@ import jax
 from jax.extend import core
 from jax.extend.core import primitives as p
 
-from dpcap.privacy.jax_internals import CALLS, bind_again, open_jaxpr, scan_operands
-from dpcap.privacy.uses import Path, Site, Uses
+from dpcap.privacy.clipping.jax_internals import CALLS, bind_again, open_jaxpr, scan_operands
+from dpcap.privacy.clipping.uses import Path, Site, Uses
 
 # (site, x, w, slot or None) -> (output of the equation, what to record or None).
 AtSite = Callable[[Site, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]

@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 from dpcap import privacy
-from tests.privacy import zoo
-from tests.privacy.programs import (
+from tests.privacy.clipping import zoo
+from tests.privacy.clipping.programs import (
   BATCH,
   CLIP_NORM,
   FLOAT32,

@@ -11,9 +11,9 @@ import pytest
 from jax import lax
 
 from dpcap import privacy
-from dpcap.privacy import outer_products
-from tests.privacy import zoo
-from tests.privacy.programs import (
+from dpcap.privacy.clipping import outer_products
+from tests.privacy.clipping import zoo
+from tests.privacy.clipping.programs import (
   AT_LEISURE,
   BATCH,
   CLIP_NORM,

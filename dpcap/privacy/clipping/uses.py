@@ -27,7 +27,7 @@ import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives as p
 
-from dpcap.privacy.jax_internals import CALLS, open_jaxpr, scan_operands
+from dpcap.privacy.clipping.jax_internals import CALLS, open_jaxpr, scan_operands
 
 PyTree = Any
 Path = tuple[int, ...]  # of an equation: its index, and those of the equations it is nested in
