@@ -10,13 +10,12 @@ from dpcap.privacy.clipping.clipped_sum import (
   LARGEST_FACTOR,
   ROUNDING_MARGIN,
   SMALLEST_CLIP_NORM,
-  LossFn,
   choose_strategy,
   clipped_sum,
-  plain_sum,
 )
 from dpcap.privacy.clipping.computed_once import settled
-from dpcap.privacy.clipping.contributions import ClippedSum
+from dpcap.privacy.clipping.plain_sum import plain_sum
+from dpcap.privacy.clipping.strategy import ClippedSum, LossFn
 from dpcap.privacy.clipping.summation import RunningSum, running_sum
 from dpcap.privacy.clipping.tracing import MixedExamplesError
 from dpcap.privacy.clipping.uses import ClippingFallbackWarning

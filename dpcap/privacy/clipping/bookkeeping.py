@@ -7,22 +7,18 @@ Source: Bu et al. 2022, Differentially Private Optimization on Large Model at Sm
 import jax
 import jax.numpy as jnp
 
-from dpcap.privacy.clipping.contributions import (
-  ClippedSum,
-  repeated,
-  unflattened,
-  without_unusable,
-)
-from dpcap.privacy.clipping.kept_sites import factor_norms, keep_sites
+from dpcap.privacy.clipping.contributions import repeated, unflattened, without_unusable
+from dpcap.privacy.clipping.gradient_norms import gradient_norms
+from dpcap.privacy.clipping.kept_sites import keep_sites
 from dpcap.privacy.clipping.replay import replay
+from dpcap.privacy.clipping.strategy import ClippedSum, Problem
 from dpcap.privacy.clipping.uses import Path, Site, find_uses
 
 
-def bookkeeping(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
-  """The clipped sum, by the strategy `bookkeeping`; arguments are `clipping.Strategy`'s."""
-  del loss_fn
-  uses = find_uses(jaxpr, params)
-  leaves, treedef = jax.tree.flatten(params)
+def bookkeeping(problem: Problem) -> ClippedSum:
+  """The clipped sum, from what one forward and one backward pass of the batch leave behind."""
+  uses = find_uses(problem.trace, problem.params)
+  leaves, treedef = jax.tree.flatten(problem.params)
 
   def attempt(batch, mask) -> ClippedSum:
     size = mask.shape[0]
@@ -47,14 +43,14 @@ def bookkeeping(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
     # Norms.
     # The mask is the state of the loop that this is an attempt of, and so not known.
     sites = keep_sites(uses.groups, xs, gs, direct_grads, (mask, losses))
-    norms, *bounds = factor_norms(size, sites.exact(), sites.squared_norms())
-    factors = jnp.where(mask, factor_of(*bounds), 0.0)
+    norms = gradient_norms(size, sites.formed_gradients(), sites.squared_norms())
+    factors = jnp.where(mask, problem.factor_of(norms), 0.0)
 
     # The sum.
     sums = sites.weighted_sums(factors, leaves)
-    return ClippedSum(unflattened(treedef, leaves, sums), norms, factors, losses)
+    return ClippedSum(unflattened(treedef, leaves, sums), norms.value, factors, losses)
 
-  return without_unusable(attempt, batch, mask)
+  return without_unusable(attempt, problem.batch, problem.mask)
 
 
 @jax.custom_vjp

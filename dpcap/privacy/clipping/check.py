@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpcap.privacy.clipping.clip_functions import Clip, ClipFunction
-from dpcap.privacy.clipping.clipped_sum import LossFn, clipped_sum
+from dpcap.privacy.clipping.clipped_sum import clipped_sum
+from dpcap.privacy.clipping.strategy import LossFn
 
 PyTree = Any
 

@@ -49,25 +49,23 @@ says what a site adds to the gradient, `norms.py` its norm, and `bookkeeping.py`
 these together.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpcap.privacy.clipping.bookkeeping import bookkeeping
 from dpcap.privacy.clipping.clip_functions import Clip, ClipFunction
-from dpcap.privacy.clipping.computed_once import settled
-from dpcap.privacy.clipping.contributions import ClippedSum, stand_in, weighted, without_unusable
+from dpcap.privacy.clipping.contributions import checked_mask
 from dpcap.privacy.clipping.ghost import ghost
-from dpcap.privacy.clipping.kept_sites import factor_norms
+from dpcap.privacy.clipping.gradient_norms import GradientNorms
 from dpcap.privacy.clipping.rounding import at_least_float32
+from dpcap.privacy.clipping.strategy import ClippedSum, LossFn, Problem, Strategy
 from dpcap.privacy.clipping.tracing import trace_loss
 from dpcap.privacy.clipping.uses import FLOATS, find_uses
+from dpcap.privacy.clipping.vmap import vmap
 
 PyTree = Any
-LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 # Norms, factors and sums are rounded to float32; what is really summed may exceed
 # clip_norm by this fraction. Tests hold every strategy to it.
@@ -78,31 +76,6 @@ SMALLEST_CLIP_NORM = 1e-12
 
 # With a larger one, activations that norms can be taken from would overflow when weighed.
 LARGEST_FACTOR = 1e18
-
-
-class Strategy(Protocol):
-  """How a clipped sum is computed."""
-
-  def __call__(
-    self,
-    loss_fn: LossFn,
-    jaxpr: jax.extend.core.ClosedJaxpr,
-    params: PyTree,
-    batch: PyTree,
-    mask: jax.Array,
-    factor_of: Callable[[jax.Array, jax.Array], jax.Array],
-  ) -> ClippedSum:
-    """The clipped sum over `batch`.
-
-    Args:
-      loss_fn: of one example.
-      jaxpr: its trace.
-      params: the trained parameters.
-      batch: one example or more.
-      mask: (B,) bool.
-      factor_of: from norms (B,), and what is added to the weighted gradients whatever the
-        weight (B,), to factors (B,).
-    """
 
 
 def clipped_sum(
@@ -145,26 +118,28 @@ def clipped_sum(
   if strategy not in ('auto', *CLIPPING_STRATEGIES):
     raise ValueError(f'clipping is {strategy!r}; allowed: auto, {", ".join(CLIPPING_STRATEGIES)}')
   batch = jax.tree.map(jnp.asarray, batch)
-  mask = _checked_mask(mask, batch)
+  mask = checked_mask(mask, batch)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if jnp.result_type(leaf) not in FLOATS:
       raise ValueError(
         f'parameter {jax.tree_util.keystr(path, simple=True, separator="/")} is'
         f' {jnp.result_type(leaf)}; allowed: {", ".join(map(str, FLOATS))}'
       )
-  jaxpr = trace_loss(loss_fn, params, batch)
+  trace = trace_loss(loss_fn, params, batch)
   if not mask.size:
     zeros = jax.tree.map(lambda p: jnp.zeros_like(at_least_float32(jnp.asarray(p))), params)
     return ClippedSum(zeros, *(jnp.zeros(0) for _ in range(3)))
   if strategy == 'auto':
-    strategy = _choice(find_uses(jaxpr, params, warn=False))
+    strategy = _choice(find_uses(trace, params, warn=False))
 
-  def factor_of(norms, flushed):
+  def factor_of(norms: GradientNorms) -> jax.Array:
+    factors = clip_function(norms.bound, clip_norm)
     # What is flushed adds to a weighted gradient of norm C, whatever its weight: make room for it.
-    factors = clip_function(norms, clip_norm) * jnp.maximum(1 - flushed / clip_norm, 0)
-    return jnp.minimum(factors, LARGEST_FACTOR)
+    room = jnp.maximum(1 - norms.flushed / clip_norm, 0)
+    return jnp.minimum(factors * room, LARGEST_FACTOR)
 
-  return CLIPPING_STRATEGIES[strategy](loss_fn, jaxpr, params, batch, mask, factor_of)
+  problem = Problem(loss_fn, trace, params, batch, mask, factor_of)
+  return CLIPPING_STRATEGIES[strategy](problem)
 
 
 def choose_strategy(loss_fn: LossFn, params: PyTree, batch: PyTree) -> str:
@@ -176,96 +151,8 @@ def _choice(uses) -> str:
   return 'ghost' if uses.remat else 'bookkeeping'
 
 
-def _vmap(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
-  """The definition of right: every example's whole gradient, by jax.vmap of jax.grad."""
-  del jaxpr
-  losses, grads = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))(params, batch)
-  # Norm and sum are of the same numbers. Of a loss that is constant the gradient need not be.
-  grads = jax.tree.map(at_least_float32, grads)
-  grads = settled(grads, (grads, losses))
-  norms, *bounds = factor_norms(mask.size, jax.tree.leaves(grads), [])
-  factors = jnp.where(mask & jnp.isfinite(norms), factor_of(*bounds), 0.0)
-
-  def weighted_sum(g):
-    # 0 x NaN is NaN: a zero factor does not silence an unusable gradient, `where` does.
-    return weighted(factors, jnp.where(_per_example(factors > 0, g), g, 0.0))
-
-  return ClippedSum(
-    sum=jax.tree.map(weighted_sum, grads),
-    norms=jnp.where(mask, norms, 0.0),
-    factors=factors,
-    losses=jnp.where(mask, losses, 0.0),
-  )
-
-
 CLIPPING_STRATEGIES: dict[str, Strategy] = {
   'bookkeeping': bookkeeping,
   'ghost': ghost,
-  'vmap': _vmap,
+  'vmap': vmap,
 }
-
-
-def plain_sum(
-  loss_fn: LossFn,
-  params: PyTree,
-  batch: PyTree,
-  mask: jax.Array | None = None,
-) -> ClippedSum:
-  """Sum over a batch of gradients, NOT clipped: unbounded sensitivity, no guarantee.
-
-  The non-private counterpart of `clipped_sum`, by one batched backward pass, for runs
-  with epsilon = infinity. Same arguments. An example whose gradient is not finite contributes
-  zero, and its factor is 0; so does a batch whose sum alone overflows. `norms` are NaN: they
-  are not computed.
-  """
-  batch = jax.tree.map(jnp.asarray, batch)
-  mask = _checked_mask(mask, batch)
-  trace_loss(loss_fn, params, batch)
-
-  def attempt(batch, mask) -> ClippedSum:
-    def total_loss(params):
-      losses = jax.vmap(loss_fn, (None, 0))(params, batch)
-      return jnp.sum(jnp.where(mask, losses, 0.0)), losses
-
-    grads, losses = jax.grad(total_loss, has_aux=True)(params)
-    grads = jax.tree.map(at_least_float32, grads)
-
-    def look_at_each(_):
-      one = lambda example: _is_finite(jax.grad(loss_fn)(params, example))
-      return jax.lax.map(one, batch)
-
-    # Rare, and then one by one.
-    finite = _is_finite(grads)
-    usable = jax.lax.cond(finite, lambda _: jnp.ones(mask.shape, bool), look_at_each, None)
-    return ClippedSum(
-      # Where each is finite and the sum is not, it is zero.
-      sum=jax.tree.map(lambda g: jnp.where(finite, g, 0), grads),
-      norms=jnp.where(usable, 0.0, jnp.nan),
-      factors=jnp.where(mask, 1.0, 0.0),
-      losses=losses,
-    )
-
-  result = without_unusable(attempt, batch, mask) if mask.size else attempt(batch, mask)
-  return result._replace(norms=jnp.full(mask.shape, jnp.nan))
-
-
-def _is_finite(tree: PyTree) -> jax.Array:
-  finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-  return functools.reduce(jnp.logical_and, finite, jnp.array(True))
-
-
-def _per_example(x_B: jax.Array, like: jax.Array) -> jax.Array:
-  """Reshapes (B,) to broadcast over the other axes of `like` (B, ...)."""
-  return x_B.reshape(x_B.shape + (1,) * (like.ndim - 1))
-
-
-def _checked_mask(mask, batch: PyTree) -> jax.Array:
-  """`mask`, or all True; refuses one that does not fit the batch, where JAX would not."""
-  sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
-  if len(sizes) != 1 or sizes == {()}:
-    raise ValueError(f'batch has leading axes {sorted(sizes)}; all leaves need the same one')
-  (shape,) = sizes
-  mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask)
-  if (mask.shape, mask.dtype) != (shape, bool):
-    raise ValueError(f'mask is {mask.dtype} {mask.shape}; it must be bool {shape}')
-  return mask

@@ -1,35 +1,19 @@
-"""What a physical batch contributes to the logical one, and what all strategies share."""
+"""What strategies share: sums of weighted gradients, and examples that cannot be used."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpcap.privacy.clipping.rounding import at_least_float32
+from dpcap.privacy.clipping.strategy import ClippedSum
 
 PyTree = Any
 
 
-class ClippedSum(NamedTuple):
-  """What a physical batch adds to the logical batch.
-
-  Attributes:
-    sum: like the trained parameters, at least float32: the sum of clipped gradients.
-    norms: (B,) gradient norm of each example before clipping; 0 where masked out,
-      NaN or inf where the gradient was unusable and contributed zero. Private.
-    factors: (B,) what each gradient was scaled by; 0 where masked out or unusable. Private.
-    losses: (B,) loss of each example; 0 where masked out. Private.
-  """
-
-  sum: PyTree
-  norms: jax.Array
-  factors: jax.Array
-  losses: jax.Array
-
-
-def weighted(weights_B: jax.Array, grads_B: jax.Array) -> jax.Array:
-  """sum_b weights_b grads_b, in at least float32."""
+def weighted_sum(weights_B: jax.Array, grads_B: jax.Array) -> jax.Array:
+  """sum_b weights_b grads_b of gradients that are formed, in at least float32."""
   return jnp.einsum('b,b...->...', weights_B, at_least_float32(grads_B), precision='highest')
 
 
@@ -42,6 +26,18 @@ def unflattened(treedef, leaves: list[jax.Array], sums: dict[int, jax.Array]) ->
 def repeated(x: jax.Array, size: int) -> jax.Array:
   """`x` with a new axis of `size` in front."""
   return jnp.broadcast_to(x, (size, *jnp.shape(x)))
+
+
+def checked_mask(mask: jax.Array | None, batch: PyTree) -> jax.Array:
+  """`mask`, or all True; a ValueError for one that does not fit the batch, where JAX gives none."""
+  sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+  if len(sizes) != 1 or sizes == {()}:
+    raise ValueError(f'batch has leading axes {sorted(sizes)}; all leaves need the same one')
+  (shape,) = sizes
+  mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask)
+  if (mask.shape, mask.dtype) != (shape, bool):
+    raise ValueError(f'mask is {mask.dtype} {mask.shape}; it must be bool {shape}')
+  return mask
 
 
 def stand_in(batch: PyTree, mask: jax.Array) -> PyTree:

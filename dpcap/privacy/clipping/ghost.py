@@ -25,16 +25,17 @@ from dpcap.privacy.clipping import norms, outer_products
 from dpcap.privacy.clipping.bookkeeping import batch_axes, make_slot, tap
 from dpcap.privacy.clipping.computed_once import settled
 from dpcap.privacy.clipping.contributions import (
-  ClippedSum,
   repeated,
   unflattened,
-  weighted,
+  weighted_sum,
   without_unusable,
 )
-from dpcap.privacy.clipping.kept_sites import factor_norms, keep_sites
+from dpcap.privacy.clipping.gradient_norms import gradient_norms
+from dpcap.privacy.clipping.kept_sites import keep_sites
 from dpcap.privacy.clipping.norms import SquaredNorm
 from dpcap.privacy.clipping.replay import replay
 from dpcap.privacy.clipping.rounding import at_least_float32, gamma, sum_of_squares, tree_depth
+from dpcap.privacy.clipping.strategy import ClippedSum, Problem
 from dpcap.privacy.clipping.uses import Site, View, find_uses
 
 PyTree = Any
@@ -59,11 +60,10 @@ class _Passes(NamedTuple):
   sum: PyTree
 
 
-def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
-  """The clipped sum, by the strategy `ghost`; arguments are `clipping.Strategy`'s."""
-  del loss_fn
-  uses = find_uses(jaxpr, params)
-  leaves, treedef = jax.tree.flatten(params)
+def ghost(problem: Problem) -> ClippedSum:
+  """The clipped sum, from one forward and two backward passes of the batch."""
+  uses = find_uses(problem.trace, problem.params)
+  leaves, treedef = jax.tree.flatten(problem.params)
   # A site alone, whose loops all slice its parameter, overlaps with nothing else.
   is_alone = lambda group: len(group) == 1 and all(loop.sliced for loop in group[0].view.loops)
   alone = {group[0].path for group in uses.groups if is_alone(group)}
@@ -123,9 +123,10 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
           of_alone.rounding * (1 + added),
           of_alone.flushed * (1 + added),
         )
-        norms_B, *bounds = factor_norms(size, sites.exact(), [*sites.squared_norms(), in_passes])
-        factors = jnp.where(mask, factor_of(*bounds), 0.0)
-        return state._replace(norms=norms_B.astype(dtype), factors=factors.astype(dtype))
+        unformed = [*sites.squared_norms(), in_passes]
+        found = gradient_norms(size, sites.formed_gradients(), unformed)
+        factors = jnp.where(mask, problem.factor_of(found), 0.0)
+        return state._replace(norms=found.value.astype(dtype), factors=factors.astype(dtype))
 
       def take_sums():
         # Of one parameter there may be sites of both kinds.
@@ -138,16 +139,16 @@ def ghost(loss_fn, jaxpr, params, batch, mask, factor_of) -> ClippedSum:
       return after._replace(done=state.done + 1)
 
     nothing = unflattened(treedef, leaves, {})
-    zeros, *bounds = factor_norms(size, [], [])
-    factors = jnp.where(mask, factor_of(*bounds), 0.0)
+    zeros = gradient_norms(size, [], [])
+    factors = jnp.where(mask, problem.factor_of(zeros), 0.0)
     start = jnp.zeros((), jnp.int32)
-    state = _Passes(start, zeros.astype(dtype), factors.astype(dtype), nothing)
+    state = _Passes(start, zeros.value.astype(dtype), factors.astype(dtype), nothing)
     # How often it runs is known at run time only: nothing is gained by unrolling it.
     passes = jnp.where(jnp.any(mask), 2, 1)
     state = jax.lax.while_loop(lambda state: state.done < passes, one_pass, state)
     return ClippedSum(state.sum, state.norms, state.factors, losses)
 
-  return without_unusable(attempt, batch, mask)
+  return without_unusable(attempt, problem.batch, problem.mask)
 
 
 def _observed(site: Site) -> Callable:
@@ -224,4 +225,4 @@ def _squared_norm(site: Site, x_B, g_B, formed_B: jax.Array | None) -> SquaredNo
 def _weighted_view(site: Site, x_B, g_B, formed_B: jax.Array | None, weights_B, w) -> jax.Array:
   if formed_B is None:
     return outer_products.weighted_view(site, x_B, g_B, weights_B)
-  return outer_products.to_parameter(site, weighted(weights_B, formed_B), w)
+  return outer_products.to_parameter(site, weighted_sum(weights_B, formed_B), w)

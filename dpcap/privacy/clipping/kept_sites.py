@@ -1,7 +1,6 @@
 """Norms and sums of sites whose inputs and output gradients are all at hand."""
 
 import collections
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,18 +9,9 @@ import jax.numpy as jnp
 
 from dpcap.privacy.clipping import norms, outer_products
 from dpcap.privacy.clipping.computed_once import settled
-from dpcap.privacy.clipping.contributions import weighted
+from dpcap.privacy.clipping.contributions import weighted_sum
 from dpcap.privacy.clipping.norms import SquaredNorm
-from dpcap.privacy.clipping.rounding import TINY, gamma, sum_in_pairs, sum_of_squares, tree_depth
 from dpcap.privacy.clipping.uses import Path, Site
-
-# How much of what rounding may add `factor_norms` leaves uncounted. The rest of ROUNDING_MARGIN
-# is for sums of squares whose terms meet up to 50 roundings, and a few roundings of a norm, its
-# factor and the weighted gradient.
-_UNCOUNTED = 8e-6
-
-# Entries of a parameter whose gradients are copied without a thought.
-_SMALL = 4096
 
 PyTree = Any
 
@@ -45,7 +35,7 @@ class KeptSites(NamedTuple):
   formed: list[tuple[Site, jax.Array]]
   direct: dict[int, jax.Array]
 
-  def exact(self) -> list[jax.Array]:
+  def formed_gradients(self) -> list[jax.Array]:
     """Per-example gradients that are summed as they are."""
     return [*self.direct.values(), *(g for _, g in self.formed)]
 
@@ -65,9 +55,9 @@ class KeptSites(NamedTuple):
     self, weights_B: jax.Array, leaves: Sequence[jax.Array]
   ) -> dict[int, jax.Array]:
     """sum_b weights_b (gradient of example b), by parameter."""
-    sums = {i: weighted(weights_B, g_B) for i, g_B in self.direct.items()}
+    sums = {i: weighted_sum(weights_B, g_B) for i, g_B in self.direct.items()}
     terms = [
-      (site, outer_products.to_parameter(site, weighted(weights_B, g_B), leaves[site.view.leaf]))
+      (site, outer_products.to_parameter(site, weighted_sum(weights_B, g_B), leaves[site.view.leaf]))
       for site, g_B in self.formed
     ] + [
       (
@@ -109,50 +99,6 @@ def keep_sites(
   stand_for, grads = [site for site, _ in formed], [g for _, g in formed]
   (xs, gs), grads, direct = settled((kept, grads, direct), witness)
   return KeptSites(unformed, xs, gs, list(zip(stand_for, grads)), direct)
-
-
-def factor_norms(
-  size: int, exact: Sequence[jax.Array], factored: Sequence[SquaredNorm]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(B,) norms of whole gradients, the norms that factors are computed from, and what is flushed.
-
-  The second is at least the norm of what is really summed, over its weight, but for _UNCOUNTED of
-  it and for the third: that much more a weighted gradient may hold, whatever its weight.
-
-  Args:
-    size: B.
-    exact: per-example gradients (B, ...), summed as they are.
-    factored: of what was never formed.
-  """
-  exact = _with_small_ones_joined(exact)
-  squares = sum_in_pairs([jnp.zeros(size, jnp.float32), *map(sum_of_squares, exact)])
-  # Squares below the smallest number may be lost.
-  entries = sum(g.size // size for g in exact)
-  lost = TINY * entries
-  if not factored:
-    off = jnp.full(size, TINY * math.sqrt(entries), squares.dtype)
-    return jnp.sqrt(squares), jnp.sqrt(squares + lost), off
-  value, error, rounding, off = (sum_in_pairs(list(terms)) for terms in zip(*factored, strict=True))
-  # Each square meets the additions of its tree, then those of parameters.
-  added = tree_depth(max((g.size // size for g in exact), default=1)) + len(exact).bit_length() + 2
-  error = error + gamma(1 + added, squares.dtype) * squares
-  # A Gram sum may fall below zero by rounding.
-  lengths = jnp.sqrt(jnp.maximum(value, 0) + squares)
-  most = jnp.sqrt(jnp.maximum(value + error, 0) + squares + lost) + jnp.sqrt(rounding)
-  most = jnp.maximum(lengths, most * (1 - _UNCOUNTED))
-  # Neither is finite where the other is not.
-  return jnp.where(jnp.isfinite(most), lengths, most), most, off + TINY * math.sqrt(entries)
-
-
-def _with_small_ones_joined(arrays_B: Sequence[jax.Array]) -> list[jax.Array]:
-  """The same entries of (B, ...) arrays in fewer arrays.
-
-  A network has hundreds of biases, and a sum for each takes long to compile.
-  """
-  flat = [g.reshape(len(g), math.prod(g.shape[1:])) for g in arrays_B]
-  small = [g for g in flat if g.shape[1] <= _SMALL]
-  large = [g for g in flat if g.shape[1] > _SMALL]
-  return large + ([jnp.concatenate(small, axis=1)] if small else [])
 
 
 def _kind(group: tuple[Site, ...], arrays: _Arrays) -> str:

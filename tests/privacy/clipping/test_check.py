@@ -23,14 +23,14 @@ def test_passes_every_strategy(inputs, strategy):
   assert privacy.check_clipping(loss_fn, *inputs, strategy=strategy) <= 1e-5
 
 
-def _halved_kernel(*args):
-  result = clipping.CLIPPING_STRATEGIES['vmap'](*args)
+def _halved_kernel(problem):
+  result = clipping.CLIPPING_STRATEGIES['vmap'](problem)
   kernel = result.sum['layer']['kernel'] / 2
   return result._replace(sum={'layer': result.sum['layer'] | {'kernel': kernel}})
 
 
-def _halved_norms(*args):
-  result = clipping.CLIPPING_STRATEGIES['vmap'](*args)
+def _halved_norms(problem):
+  result = clipping.CLIPPING_STRATEGIES['vmap'](problem)
   return result._replace(norms=result.norms / 2)
 
 
@@ -41,14 +41,14 @@ def test_refuses_a_strategy_with_another_answer(inputs, monkeypatch, wrong):
     privacy.check_clipping(loss_fn, *inputs, strategy='wrong')
 
 
-def _nan_in_sum(*args):
-  result = clipping.CLIPPING_STRATEGIES['vmap'](*args)
+def _nan_in_sum(problem):
+  result = clipping.CLIPPING_STRATEGIES['vmap'](problem)
   bias = result.sum['layer']['bias'] * jnp.nan
   return result._replace(sum={'layer': result.sum['layer'] | {'bias': bias}})
 
 
-def _nan_in_norms(*args):
-  result = clipping.CLIPPING_STRATEGIES['vmap'](*args)
+def _nan_in_norms(problem):
+  result = clipping.CLIPPING_STRATEGIES['vmap'](problem)
   return result._replace(norms=result.norms * jnp.nan)
 
 

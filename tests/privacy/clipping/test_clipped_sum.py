@@ -11,6 +11,7 @@ import pytest
 
 from dpcap import privacy
 from dpcap.privacy import clipping
+from dpcap.privacy.clipping.gradient_norms import GradientNorms
 
 VOCAB, WIDTH, OUT, LENGTH, BATCH = 7, 5, 4, 6, 8
 EPS = 1e-5  # of the layer norm
@@ -338,13 +339,14 @@ def test_without_a_mask_all_examples_count(rng, strategy):
 @pytest.mark.parametrize('clip_norm', [1e-12, 1.0, 1e4])
 def test_what_is_flushed_finds_room_within_clip_norm(rng, monkeypatch, clip_norm, clip_function):
   # At clip_norm 1e-12, gradients of 1e19 over a thousand tokens flush several hundredths of it.
-  monkeypatch.setitem(clipping.CLIPPING_STRATEGIES, 'factors', lambda *args: args[-1])
+  monkeypatch.setitem(clipping.CLIPPING_STRATEGIES, 'factors', lambda problem: problem.factor_of)
   factor_of = privacy.clipped_sum(
     loss_fn, make_params(rng), make_batch(rng), clip_norm=clip_norm, clip_function=clip_function,
     strategy='factors',
   )  # fmt: skip
   norms, flushed = np.meshgrid(np.geomspace(1e-3, 1e19, 23), [0, 1e-6, 0.03, 0.5, 1, 7])
-  factors = np.float64(factor_of(jnp.float32(norms), jnp.float32(flushed * clip_norm)))
+  of = GradientNorms(*map(jnp.float32, (norms, norms, flushed * clip_norm)))
+  factors = np.float64(factor_of(of))
   # A weight of zero flushes nothing.
   contributions = factors * norms / clip_norm + flushed * (factors > 0)
   assert np.max(contributions) <= MARGIN
