@@ -12,7 +12,8 @@ from dpcap.privacy.clipping.gradient_norms import gradient_norms
 from dpcap.privacy.clipping.kept_sites import keep_sites
 from dpcap.privacy.clipping.replay import replay
 from dpcap.privacy.clipping.strategy import ClippedSum, Problem
-from dpcap.privacy.clipping.uses import Path, Site, find_uses
+from dpcap.privacy.clipping.sites import Path, Site
+from dpcap.privacy.clipping.uses import find_uses
 
 
 def bookkeeping(problem: Problem) -> ClippedSum:

@@ -59,10 +59,10 @@ from dpcap.privacy.clipping.clip_functions import Clip, ClipFunction
 from dpcap.privacy.clipping.contributions import checked_mask
 from dpcap.privacy.clipping.ghost import ghost
 from dpcap.privacy.clipping.gradient_norms import GradientNorms
-from dpcap.privacy.clipping.rounding import at_least_float32
+from dpcap.privacy.clipping.rounding import FLOATS, at_least_float32
 from dpcap.privacy.clipping.strategy import ClippedSum, LossFn, Problem, Strategy
 from dpcap.privacy.clipping.tracing import trace_loss
-from dpcap.privacy.clipping.uses import FLOATS, find_uses
+from dpcap.privacy.clipping.uses import find_uses
 from dpcap.privacy.clipping.vmap import vmap
 
 PyTree = Any

@@ -36,7 +36,9 @@ from dpcap.privacy.clipping.norms import SquaredNorm
 from dpcap.privacy.clipping.replay import replay
 from dpcap.privacy.clipping.rounding import at_least_float32, gamma, sum_of_squares, tree_depth
 from dpcap.privacy.clipping.strategy import ClippedSum, Problem
-from dpcap.privacy.clipping.uses import Site, View, find_uses
+from dpcap.privacy.clipping.sites import Site
+from dpcap.privacy.clipping.uses import find_uses
+from dpcap.privacy.clipping.views import View
 
 PyTree = Any
 

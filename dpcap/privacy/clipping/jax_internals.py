@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.extend.core import primitives as p
+from jax.extend.core import primitives
 
 # Calls whose body is visited as if it stood in place, and the parameter that holds it.
-CALLS = {p.jit_p: 'jaxpr', p.remat_p: 'jaxpr', p.closed_call_p: 'call_jaxpr'}
+CALLS = {primitives.jit_p: 'jaxpr', primitives.remat_p: 'jaxpr', primitives.closed_call_p: 'call_jaxpr'}
 
 # Calls out of JAX, by the name of their primitive; `vmap_method` says what becomes of a batch.
 CALLS_OUT = ('pure_callback', 'io_callback', 'ffi_call')
@@ -27,7 +27,7 @@ THREEFRY = 'key<fry>'
 
 def generators_of(eqn: core.JaxprEqn) -> frozenset[str]:
   """What an equation draws random bits from: the types of its keys, or XLA's own generator."""
-  if eqn.primitive is p.rng_bit_generator_p:
+  if eqn.primitive is primitives.rng_bit_generator_p:
     return frozenset([eqn.primitive.name])
   if not eqn.primitive.name.startswith('random_'):
     return frozenset()

@@ -11,7 +11,7 @@ from dpcap.privacy.clipping import norms, outer_products
 from dpcap.privacy.clipping.computed_once import settled
 from dpcap.privacy.clipping.contributions import weighted_sum
 from dpcap.privacy.clipping.norms import SquaredNorm
-from dpcap.privacy.clipping.uses import Path, Site
+from dpcap.privacy.clipping.sites import Path, Site
 
 PyTree = Any
 

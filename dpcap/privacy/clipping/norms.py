@@ -75,7 +75,7 @@ from dpcap.privacy.clipping.rounding import (
   tree_sum,
   unit_roundoff,
 )
-from dpcap.privacy.clipping.uses import Site
+from dpcap.privacy.clipping.sites import Site
 
 # Terms of a Gram entry that are added in an unknown order. Fewer are a tighter bound and more work.
 _SLICE = 96

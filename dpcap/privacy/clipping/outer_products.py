@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import primitives as p
+from jax.extend.core import primitives
 
 from dpcap.privacy.clipping.rounding import at_least_float32
-from dpcap.privacy.clipping.uses import Site, base_permutation, roles, through_chain
+from dpcap.privacy.clipping.sites import Site, base_roles, roles
+from dpcap.privacy.clipping.views import through_chain
 
 # Temporaries of one step of norms or sums stay below this size.
 MAX_TEMPORARY_BYTES = 2**26
@@ -113,7 +114,7 @@ def weighted_sum(
 
 def weighted_view(site: Site, x_B: jax.Array, g_B: jax.Array, weights_B: jax.Array) -> jax.Array:
   """`weighted_sum` with respect to the parameter's view, for a site in no loop."""
-  if site.eqn.primitive is not p.dot_general_p:
+  if site.eqn.primitive is not primitives.dot_general_p:
     dtype = jnp.promote_types(g_B.dtype, jnp.float32)
     x_B = x_B.astype(dtype) if jnp.issubdtype(x_B.dtype, jnp.floating) else x_B
     operation = lambda w: jax.vmap(lambda x: site.apply(x, w, dtype))(x_B)
@@ -186,7 +187,7 @@ def for_each_unit(
   parts = _parts_of_unit(sites, xs, gs)
   sizes = [4 * math.prod(y.shape) for part in parts for y in part if len(sites) > 1]
   for site, part in zip(sites, parts, strict=True):
-    if site.eqn.primitive is p.conv_general_dilated_p:
+    if site.eqn.primitive is primitives.conv_general_dilated_p:
       sizes.append(4 * math.prod(part.a.shape))
   taken = min(max(4, sum(sizes) + temporary_bytes(parts)), MAX_TEMPORARY_BYTES)
   at_once = max(1, MAX_TEMPORARY_BYTES // taken)
@@ -218,12 +219,12 @@ def _parts_of_unit(sites, xs, gs) -> list[Products | Rows]:
 def _parts(sites, unit) -> list[Products | Rows]:
   """One unit's outer products, those of all sites in the coordinates of the same one."""
   # Rows that are looked up are inputs.
-  lookups = [site for site in sites if site.eqn.primitive is p.gather_p]
-  inputs = _base_inputs((lookups or sites)[0])
+  lookups = [site for site in sites if site.eqn.primitive is primitives.gather_p]
+  inputs = base_roles((lookups or sites)[0]).inputs
   parts = [_outer_products(site, x, g) for site, (x, g) in zip(sites, unit, strict=True)]
   # A transposed use of the parameter has its inputs where the others have outputs.
   return [
-    part if _base_inputs(site) == inputs else Products(part.g, part.a)
+    part if base_roles(site).inputs == inputs else Products(part.g, part.a)
     for site, part in zip(sites, parts)
   ]
 
@@ -286,9 +287,9 @@ def _by_slice(site: Site, y: jax.Array) -> jax.Array:
 
 def _outer_products(site: Site, x: jax.Array, g: jax.Array) -> Products | Rows:
   """What one unit (other loops, ...) of a site adds up, its tokens along one axis."""
-  if site.eqn.primitive is p.gather_p:
+  if site.eqn.primitive is primitives.gather_p:
     return _lookups(site, x, g)
-  if site.eqn.primitive is p.dot_general_p:
+  if site.eqn.primitive is primitives.dot_general_p:
     x_axes, g_axes = _dot_axes(site)
     return Products(_tokens(x, x_axes), _tokens(g, g_axes))
   return jax.tree.map(
@@ -342,7 +343,7 @@ def _patches(site: Site, x: jax.Array, g: jax.Array) -> Products:
 
 def _arranged(site: Site, view: jax.Array) -> jax.Array:
   """The parameter's view in the coordinates of outer products: (Q, K, O)."""
-  if site.eqn.primitive is p.conv_general_dilated_p:
+  if site.eqn.primitive is primitives.conv_general_dilated_p:
     params = site.eqn.params
     kernel = view.transpose(params['dimension_numbers'].rhs_spec)  # outputs, inputs, space
     groups, outputs = params['feature_group_count'], kernel.shape[0]
@@ -350,9 +351,3 @@ def _arranged(site: Site, view: jax.Array) -> jax.Array:
   roles_of = roles(site)
   sizes = [math.prod(view.shape[d] for d in dims) for dims in roles_of]
   return view.transpose([d for dims in roles_of for d in dims]).reshape(sizes)
-
-
-def _base_inputs(site: Site) -> tuple[int, ...]:
-  """The parameter's dimensions along the site's inputs, as numbered before transposes."""
-  order = base_permutation(site.view, site.eqn.invars[site.w].aval.ndim)[1]
-  return tuple(order[d] for d in roles(site)[1])

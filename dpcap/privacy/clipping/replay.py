@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 from jax.extend import core
-from jax.extend.core import primitives as p
+from jax.extend.core import primitives
 
 from dpcap.privacy.clipping.jax_internals import CALLS, bind_again, open_jaxpr, scan_operands
-from dpcap.privacy.clipping.uses import Path, Site, Uses
+from dpcap.privacy.clipping.sites import Path, Site
+from dpcap.privacy.clipping.uses import Uses
 
 # (site, x, w, slot or None) -> (output of the equation, what to record or None).
 AtSite = Callable[[Site, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -50,7 +51,7 @@ def _replay(
   for i, eqn in enumerate(jaxpr.eqns):
     here = (*path, i)
     ins = [read(v) for v in eqn.invars]
-    if eqn.primitive is p.stop_gradient_p:
+    if eqn.primitive is primitives.stop_gradient_p:
       # Of a parameter, whose cast was left to the sites.
       ins = [x.astype(v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)]
     if here in uses.sites:
@@ -61,7 +62,7 @@ def _replay(
       outs, recorded = ins, {}
     elif here in uses.entered:
       inner = {at: slot for at, slot in slots.items() if at[: len(here)] == here}
-      enter = _scan if eqn.primitive is p.scan_p else _call
+      enter = _scan if eqn.primitive is primitives.scan_p else _call
       outs, recorded = enter(uses, at_site, eqn, ins, here, inner)
     else:
       outs, recorded = bind_again(eqn, ins), {}
@@ -73,7 +74,7 @@ def _replay(
 def _call(uses, at_site, eqn, ins, path, slots):
   jaxpr, consts = open_jaxpr(eqn.params[CALLS[eqn.primitive]])
   body = lambda ins, slots: _replay(uses, at_site, jaxpr, consts, ins, path, slots)
-  if eqn.primitive is p.remat_p:
+  if eqn.primitive is primitives.remat_p:
     body = jax.checkpoint(body, policy=eqn.params['policy'], prevent_cse=eqn.params['prevent_cse'])
   return body(ins, slots)
 

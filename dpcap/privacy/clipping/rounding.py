@@ -32,6 +32,9 @@ NARROW = 4
 # Smaller float32 numbers may be zero.
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
+# Types of parameters, and of products whose norms are known to be right.
+FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
+
 # Terms that one level of a tree_sum takes together.
 _WAYS = 8
 

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.extend.core import primitives as p
+from jax.extend.core import primitives
 
 from dpcap.privacy.clipping import jax_internals
 
@@ -92,7 +92,7 @@ def _way_around(eqn: core.JaxprEqn, own_axes: frozenset[str]) -> str | None:
     method = eqn.params.get('vmap_method')
     if method not in jax_internals.ONE_BY_ONE:
       return f"{eqn.primitive.name} with vmap_method={method!r} (allowed: 'sequential')"
-  if eqn.primitive is p.rng_uniform_p:
+  if eqn.primitive is primitives.rng_uniform_p:
     return 'rng_uniform, of a generator that all examples share'
   generators = jax_internals.generators_of(eqn) - {jax_internals.THREEFRY}
   if generators:
