@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpcap.privacy.clipping import norms, outer_products
+from dpcap.privacy.clipping import norms, outer_products, weighted_gradients
 from dpcap.privacy.clipping.bookkeeping import batch_axes, make_slot, tap
 from dpcap.privacy.clipping.computed_once import settled
 from dpcap.privacy.clipping.contributions import (
@@ -226,5 +226,5 @@ def _squared_norm(site: Site, x_B, g_B, formed_B: jax.Array | None) -> SquaredNo
 
 def _weighted_view(site: Site, x_B, g_B, formed_B: jax.Array | None, weights_B, w) -> jax.Array:
   if formed_B is None:
-    return outer_products.weighted_view(site, x_B, g_B, weights_B)
-  return outer_products.to_parameter(site, weighted_sum(weights_B, formed_B), w)
+    return weighted_gradients.weighted_gradient_of_view(site, x_B, g_B, weights_B)
+  return weighted_gradients.to_parameter(site, weighted_sum(weights_B, formed_B), w)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpcap.privacy.clipping import norms, outer_products
+from dpcap.privacy.clipping import norms, outer_products, weighted_gradients
 from dpcap.privacy.clipping.computed_once import settled
 from dpcap.privacy.clipping.contributions import weighted_sum
 from dpcap.privacy.clipping.norms import SquaredNorm
@@ -57,12 +57,12 @@ class KeptSites(NamedTuple):
     """sum_b weights_b (gradient of example b), by parameter."""
     sums = {i: weighted_sum(weights_B, g_B) for i, g_B in self.direct.items()}
     terms = [
-      (site, outer_products.to_parameter(site, weighted_sum(weights_B, g_B), leaves[site.view.leaf]))
+      (site, weighted_gradients.to_parameter(site, weighted_sum(weights_B, g_B), leaves[site.view.leaf]))
       for site, g_B in self.formed
     ] + [
       (
         site,
-        outer_products.weighted_sum(
+        weighted_gradients.weighted_gradient(
           site, self.xs[site.path], self.gs[site.path], weights_B, leaves[site.view.leaf]
         ),
       )

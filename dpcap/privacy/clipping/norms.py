@@ -15,21 +15,9 @@ Claim. In the arithmetic of `rounding.py`, for every a and g, with S exact:
   |S|^2 <= value + error,                                                            (2)
   |computed sum_t w a_t g_t^T - w S| <= w sqrt(rounding) + flushed   for any weight w > 0.   (3)
 
-Lemma. A sum of n numbers x_i, added in any order, is off by at most gamma(n) (sum |x_i| + |sum x_i|) / 2:
-each of n - 1 additions rounds a partial sum, and a partial sum is at most the sum of all that is positive
-or of all that is negative, whichever is more, which is that half. It counts all additions. In a tree
-those that one number meets are fewer, but the partial sums of a level may add up to sum |x_i|, twice
-that half: where n counts what a number meets, the error is gamma(n) sum |x_i|.
-
-Proof of (2). Write D^a_ts for a bound on sum_k |a_tk a_sk|: |a_t| |a_s| by Cauchy and Schwarz or,
-sharper where entries are uneven, the sum over slices of the axis of the products of the slices' lengths.
-A Gram matrix is computed slice by slice, A_ts = sum_i A^i_ts, in products of few terms. By the lemma
-slices of n terms are together off by gamma(n) (D^a_ts + sum_i |A^i_ts|) / 2, and slices are added in a known
-order, in which each meets m additions: an entry is off by at most
-
-  E^a_ts = gamma(n) (D^a_ts + sum_i |A^i_ts|) / 2 + gamma(m) sum_i |A^i_ts| + gamma(1) D^a_ts + 2 K TINY,
-
-and likewise for B (by nothing for lookups, where A_ts is 0 or 1). Then, entry by entry,
+Proof of (2). By `gram.py` an entry of a Gram matrix is off by at most its `error`, E^a_ts and
+E^b_ts (for lookups, where A_ts is 0 or 1, by nothing), and `size`, D^a_ts, is at least
+sum_k |a_tk a_sk|. Then, entry by entry,
 
   |A B - fl(A) fl(B)| <= E^a (|fl(B)| + E^b) + |fl(A)| E^b,
 
@@ -38,7 +26,8 @@ and summing fl(A) fl(B) by `tree_sum` over m entries adds gamma(1 + tree_depth(m
 below 1e-3, which a factor of 1 + 1e-3 makes up for (the terms of second order that are left out too).
 
 Proof of (3). Entry (k, o) is the sum of w a_tk g_to. Weighing a_tk and multiplying round each term:
-gamma(2) |a_tk g_to|. Adding up, in any order, with other examples at weight 0, is the lemma with T additions:
+gamma(2) |a_tk g_to|. Adding up, in any order, with other examples at weight 0, is the lemma of
+`rounding.py` with T additions:
 gamma(T) (sum_t |a_tk g_to| + |S_ko|) / 2. (Where tokens of an entry differ in T, as lookups and products
 of one parameter do, it is gamma(T) sum_t |a_tk g_to|.) The norm of the first over all entries follows from
 
@@ -53,9 +42,10 @@ What it costs. Both bounds look at what is there, not at the worst that could be
 gradients, D^a |B| and |A| D^b sum up to a few |S|^2. Beside the norm, half of `error` over `value` and the
 root of `rounding` over the norm come to at most 7e-5 for 2 to 40 random output gradients over inputs that have
 much in common, 192 to 768 wide (a test holds that). ROUNDING_MARGIN of `clipped_sum.py` takes up 8e-6 of it;
-factors are smaller by the rest. Narrower slices lower it and take more time.
+factors are smaller by the rest. Narrower slices (`gram.py`) lower it and take more time.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -64,8 +54,10 @@ import jax
 import jax.numpy as jnp
 
 from dpcap.privacy.clipping import outer_products
-from dpcap.privacy.clipping.outer_products import Products, Rows, dot, tokens_of
+from dpcap.privacy.clipping.gram import Gram, gram_matrix, vector_lengths
+from dpcap.privacy.clipping.outer_products import Products, Rows, tokens_of
 from dpcap.privacy.clipping.rounding import (
+  SLACK,
   TINY,
   at_least_float32,
   gamma,
@@ -76,19 +68,6 @@ from dpcap.privacy.clipping.rounding import (
   unit_roundoff,
 )
 from dpcap.privacy.clipping.sites import Site
-
-# Terms of a Gram entry that are added in an unknown order. Fewer are a tighter bound and more work.
-_SLICE = 96
-
-# Slices of a Gram matrix that a program holds at once; further ones are a loop.
-_SLICES_AT_ONCE = 8
-
-# Products of rows with rows.
-_OF_ROWS = (((1,), (1,)), ((), ()))
-
-# What computing a bound may lose of it.
-_SLACK = 1 + 1e-3
-
 
 class SquaredNorm(NamedTuple):
   """Of the gradient that some sites give an example, in at least float32; see the claim above.
@@ -119,24 +98,6 @@ def squared_norm(
   batch = xs[0].shape[len(sites[0].view.loops)]
   norms = outer_products.for_each_unit(_of_unit, sites, xs, gs, _temporary_bytes)
   return jax.tree.map(lambda y: sum_in_pairs(list(y.reshape(-1, batch))), norms)
-
-
-class _Gram(NamedTuple):
-  """Some rows of a Gram matrix of T tokens: (R, T) each.
-
-  Attributes:
-    value: as computed.
-    error: at least what it is off by.
-    size: at least the sum of absolute values of each entry's terms.
-    lengths: (R,) and (T,) whose products `size` is; None: it is sharper.
-    parts: the sum of absolute values of each entry's slices; None: not needed any more.
-  """
-
-  value: jax.Array
-  error: jax.Array
-  size: jax.Array
-  lengths: tuple[jax.Array, jax.Array] | None = None
-  parts: jax.Array | None = None
 
 
 class _Tokens(NamedTuple):
@@ -180,7 +141,7 @@ def _of_unit(parts: Sequence[Products | Rows]) -> SquaredNorm:
   # Only tokens of the same row are added up.
   counts = jnp.sum(row[:, None] == row, axis=1)
   roundings = unit_roundoff(g.dtype) * counts
-  each = (adding(1) + _SLACK * roundings / (1 - jnp.minimum(roundings, 0.5))).astype(g.dtype)
+  each = (adding(1) + SLACK * roundings / (1 - jnp.minimum(roundings, 0.5))).astype(g.dtype)
   if not products:
     return _of_tokens(_Tokens(None, row, g, each), weighing)
   a, h = (y[0] for y in outer_products.joined(products))
@@ -200,41 +161,9 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
   count = tokens.g.shape[0]
   at_once = max(1, min(count, outer_products.MAX_TEMPORARY_BYTES // max(1, _row_bytes(count))))
   blocks = -(-count // at_once)
-  summed = gamma(
-    1 + tree_depth(at_once * count) + tree_depth(blocks), at_least_float32(tokens.g).dtype
-  )
-
-  def flushed(some: _Tokens, gram_a: _Gram, gram_g: _Gram) -> jax.Array:
-    def lengths(gram: _Gram, y: jax.Array | None) -> jax.Array:
-      if gram.lengths:
-        return gram.lengths[0]
-      if blocks == 1:
-        return jnp.sqrt(gram.size.ravel()[:: count + 1])
-      return jnp.ones(len(some.g)) if y is None else _lengths(y) + 1
-
-    inputs = 1 if tokens.a is None else tokens.a.shape[1]
-    of_g, of_a = lengths(gram_g, some.g), lengths(gram_a, some.a)
-    beside = math.sqrt(inputs) * of_g + math.sqrt(tokens.g.shape[1]) * of_a
-    return TINY * tree_sum(beside.astype(tokens.adding.dtype))
-
-  def of_rows(some: _Tokens | None) -> jax.Array:
-    gram_a, gram_g = _gram_of_inputs(some, tokens), _gram(some and some.g, tokens.g)
-    some = some or tokens
-    products = gram_a.value * gram_g.value
-    error = (
-      gram_a.error * (jnp.abs(gram_g.value) + gram_g.error)
-      + jnp.abs(gram_a.value) * gram_g.error
-      + summed * jnp.abs(products)
-      + 8 * TINY  # of the products here
-    )
-    share = lambda tokens: weighing + tokens.adding / 2
-    if gram_a.lengths and gram_g.lengths:
-      both = zip((some, tokens), gram_a.lengths, gram_g.lengths, strict=True)
-      rounding = math.prod(tree_sum(share(t) * a * g) for t, a, g in both)
-    else:
-      rounding = rough_sum(share(some)[:, None] * share(tokens) * gram_a.size * gram_g.size)
-    return jnp.stack([tree_sum(products), rough_sum(error), rounding, flushed(some, gram_a, gram_g)])
-
+  additions = 1 + tree_depth(at_once * count) + tree_depth(blocks)
+  summing = gamma(additions, at_least_float32(tokens.g).dtype)
+  of_rows = functools.partial(_of_rows, tokens=tokens, weighing=weighing, summing=summing)
   if blocks == 1:
     sums = of_rows(None)
   else:
@@ -243,105 +172,74 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
     )
     # What fills up the last block has no gradient.
     sums = jax.vmap(tree_sum, 1)(jax.lax.map(of_rows, jax.tree.map(cut, tokens)))
-  value, error, rounding, off = sums
-  error *= _SLACK
-  of_sums = jnp.max(tokens.adding, initial=0.0) / 2 * jnp.sqrt(jnp.maximum(value + error, 0))
-  return SquaredNorm(value, error, _SLACK * jnp.square(jnp.sqrt(rounding) + of_sums), _SLACK * off)
+  value, error, rounding, flushed = sums
+  error *= SLACK
+  adding = jnp.max(tokens.adding, initial=0.0) / 2 * jnp.sqrt(jnp.maximum(value + error, 0))
+  rounding = SLACK * jnp.square(jnp.sqrt(rounding) + adding)
+  return SquaredNorm(value, error, rounding, SLACK * flushed)
 
 
-def _gram_of_inputs(some: _Tokens | None, tokens: _Tokens) -> _Gram:
-  """Rows `some` of the inputs' Gram matrix; None: all."""
+def _of_rows(
+  rows: _Tokens | None, *, tokens: _Tokens, weighing: float, summing: float
+) -> jax.Array:
+  """What some rows of the Gram matrices add up to, None: all.
+
+  The value and the error of (2), the square of the first norm of (3), and what is flushed: (4,).
+  """
+  gram_a, gram_g = _gram_of_inputs(rows, tokens), gram_matrix(rows and rows.g, tokens.g)
+  some = rows or tokens
+  products = gram_a.value * gram_g.value
+  error = (
+    gram_a.error * (jnp.abs(gram_g.value) + gram_g.error)
+    + jnp.abs(gram_a.value) * gram_g.error
+    + summing * jnp.abs(products)
+    + 8 * TINY  # of the products here
+  )
+  # Half of what is added: the other half is of the sum itself.
+  share = lambda tokens: weighing + tokens.adding / 2
+  if gram_a.lengths and gram_g.lengths:
+    both = zip((some, tokens), gram_a.lengths, gram_g.lengths, strict=True)
+    rounding = math.prod(tree_sum(share(t) * a * g) for t, a, g in both)
+  else:
+    rounding = rough_sum(share(some)[:, None] * share(tokens) * gram_a.size * gram_g.size)
+  flushed = _flushed(rows, tokens, gram_a, gram_g)
+  return jnp.stack([tree_sum(products), rough_sum(error), rounding, flushed])
+
+
+def _flushed(rows: _Tokens | None, tokens: _Tokens, gram_a: Gram, gram_g: Gram) -> jax.Array:
+  some = rows or tokens
+
+  def lengths(gram: Gram, y: jax.Array | None) -> jax.Array:
+    if gram.lengths:
+      return gram.lengths[0]
+    if rows is None:
+      return jnp.sqrt(gram.size.ravel()[:: len(tokens.g) + 1])
+    return jnp.ones(len(some.g)) if y is None else vector_lengths(y) + 1
+
+  inputs = 1 if tokens.a is None else tokens.a.shape[1]
+  of_g, of_a = lengths(gram_g, some.g), lengths(gram_a, some.a)
+  each = math.sqrt(inputs) * of_g + math.sqrt(tokens.g.shape[1]) * of_a
+  return TINY * tree_sum(each.astype(tokens.adding.dtype))
+
+
+def _gram_of_inputs(rows: _Tokens | None, tokens: _Tokens) -> Gram:
+  """Some rows of the inputs' Gram matrix, None: all."""
   if tokens.row is None:
-    return _gram(some and some.a, tokens.a)
-  row = tokens.row if some is None else some.row
-  same = ((row[:, None] == tokens.row) & (row[:, None] != _NO_ROW)).astype(tokens.adding.dtype)
+    return gram_matrix(rows and rows.a, tokens.a)
+  some = rows or tokens
+  is_same = (some.row[:, None] == tokens.row) & (some.row[:, None] != _NO_ROW)
+  same = is_same.astype(tokens.adding.dtype)
   if tokens.a is None:
-    return _Gram(same, jnp.zeros_like(same), same)
-  gram = _gram(some and some.a, tokens.a)
-  a = tokens.a if some is None else some.a
+    return Gram(same, jnp.zeros_like(same), same)
+  gram = gram_matrix(rows and rows.a, tokens.a)
   # A product's inputs at the row that a lookup is one-hot in.
   at_row = lambda a, row: jnp.where(row == _NO_ROW, 0, a[:, jnp.maximum(row, 0)])
-  exact = same + at_row(a, tokens.row) + at_row(tokens.a, row).T
-  return _Gram(gram.value + exact, gram.error, gram.size + jnp.abs(exact))
-
-
-def _gram(x: jax.Array | None, y: jax.Array) -> _Gram:
-  """All products of x (R, n) with y (T, n), slice by slice; x None: y itself."""
-  own = x is None
-  x = y if own else x
-  n = y.shape[1]
-  stride = _SLICE * _SLICES_AT_ONCE
-  loops = n // stride if n > stride else 0
-
-  def of_slices(x, y) -> list[jax.Array]:
-    slices = max(1, -(-y.shape[1] // _SLICE))
-    width = max(1, -(-y.shape[1] // slices))
-    cut = lambda z, i: z[:, i : i + width]
-    return [dot(cut(x, i), cut(y, i), _OF_ROWS) for i in range(0, max(1, y.shape[1]), width)]
-
-  def own_lengths(value, n):
-    # jnp.diagonal would be a gather, which compiles and runs far slower.
-    return _length(value.ravel()[:: len(y) + 1], n, gamma(n + 1, y.dtype))
-
-  if not loops:
-    slices = of_slices(x, y)
-    value, parts = sum_in_pairs(slices), _absolute(slices)
-    lengths = (own_lengths(value, n),) * 2 if own else (_lengths(x), _lengths(y))
-    size = lengths[0][:, None] * lengths[1]
-    error = _error(parts, size, n, -(-n // len(slices)), len(slices).bit_length(), y.dtype)
-    return _Gram(value, error, size, lengths, parts)
-
-  def add(i, sums):
-    value, size, parts = sums
-    cut = lambda z: jax.lax.dynamic_slice_in_dim(z, i * stride, stride, 1)
-    slices = of_slices(cut(x), cut(y))
-    if own:
-      lengths = (jnp.stack([own_lengths(part, _SLICE) for part in slices]),) * 2
-    else:
-      by_slice = lambda z: _lengths(cut(z).reshape(len(z), _SLICES_AT_ONCE, _SLICE)).T
-      lengths = by_slice(x), by_slice(y)
-    sizes = dot(*lengths, (((0,), (0,)), ((), ())))
-    return value + sum_in_pairs(slices), size + sizes, parts + _absolute(slices)
-
-  # What is left over is less than one round of the loop.
-  rest = lambda z: z[:, loops * stride :]
-  first = _gram(None if own else rest(x), rest(y))
-  start = first.value, first.size, first.parts
-  value, size, parts = jax.lax.fori_loop(0, loops, add, start)
-  size *= _SLACK
-  added = _SLICES_AT_ONCE.bit_length() + loops
-  return _Gram(value, _error(parts, size, n, _SLICE, added, y.dtype), size)
-
-
-def _absolute(slices: list[jax.Array]) -> jax.Array:
-  return sum_in_pairs([jnp.abs(part) for part in slices])
-
-
-def _error(
-  parts: jax.Array, size: jax.Array, n: int, terms: int, added: int, dtype
-) -> jax.Array:
-  """What entries of a Gram matrix are off by: n products in slices of so many terms.
-
-  Absolute values of slices add up to `parts`; each meets so many additions more.
-  """
-  within = gamma(terms, dtype) / 2 * (size + parts) + gamma(1, dtype) * size
-  return within + gamma(added, parts.dtype) * parts + 2 * n * TINY
-
-
-def _lengths(y: jax.Array) -> jax.Array:
-  """At least the lengths of vectors along the last axis."""
-  n = y.shape[-1]
-  squares = jnp.sum(jnp.square(at_least_float32(y)), axis=-1)
-  return _length(squares, n, gamma(n + 1, squares.dtype))
-
-
-def _length(squares: jax.Array, n: int, error: float) -> jax.Array:
-  """At least the length of a vector of `n` numbers whose squares add up to this, up to `error`."""
-  return jnp.sqrt(squares * (1 + 2 * error) + n * TINY)
+  exact = same + at_row(some.a, tokens.row) + at_row(tokens.a, some.row).T
+  return Gram(gram.value + exact, gram.error, gram.size + jnp.abs(exact))
 
 
 def _row_bytes(tokens: int) -> int:
-  """What a row of all that `_of_tokens` holds takes: two values, their parts, sizes, three terms."""
+  """What a row of all that `_of_rows` holds takes: two values, their parts, sizes, three terms."""
   return 4 * 8 * tokens
 
 

@@ -1,4 +1,4 @@
-"""What a site adds to its parameter's gradient, as outer products, and the way back.
+"""What a site adds to its parameter's gradient, as outer products.
 
 At a site (see `uses.py`) the gradient of one example is a sum over tokens t of outer products,
 sum_t a_t g_t^T, of the site's inputs a_t (K numbers) and its output's gradients g_t (O numbers),
@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
 
-from dpcap.privacy.clipping.rounding import at_least_float32
+from dpcap.privacy.clipping.rounding import dot
 from dpcap.privacy.clipping.sites import Site, base_roles, roles
-from dpcap.privacy.clipping.views import through_chain
 
 # Temporaries of one step of norms or sums stay below this size.
 MAX_TEMPORARY_BYTES = 2**26
@@ -80,87 +79,6 @@ def formed(sites: Sequence[Site], xs: Sequence[jax.Array], gs: Sequence[jax.Arra
   slices = [loop.length for loop in sites[0].view.loops if loop.sliced]
   batch = xs[0].shape[len(sites[0].view.loops)]
   return jnp.moveaxis(units.reshape(*slices, batch, *units.shape[1:]), len(slices), 0)
-
-
-def to_parameter(site: Site, outer: jax.Array, like: jax.Array) -> jax.Array:
-  """A sum of outer products (slices..., Q, K, O), in its place in an array shaped as `like`."""
-  arrange = functools.partial(_arranged, site)
-  for _ in range(outer.ndim - 3):
-    arrange = jax.vmap(arrange)
-  leaf = jax.ShapeDtypeStruct(like.shape, outer.dtype)
-  view_of = lambda leaf: arrange(through_chain(site.view.chain, leaf))
-  return jax.linear_transpose(view_of, leaf)(outer)[0]
-
-
-def weighted_sum(
-  site: Site, x: jax.Array, g: jax.Array, weights_B: jax.Array, like: jax.Array
-) -> jax.Array:
-  """sum_b weights_b (gradient of example b by this site), shaped as the parameter `like`.
-
-  Nothing of single examples is formed: it is one product over batch and tokens, as in plain
-  training. Sums are taken in at least float32; where `x` and `g` have less, the weighted one
-  of the two is rounded to their type.
-  """
-  gradient = functools.partial(weighted_view, site)
-  x, g = _by_slice(site, x), _by_slice(site, g)
-  slices = sum(loop.sliced for loop in site.view.loops)
-  for _ in range(slices):
-    gradient = jax.vmap(gradient, (0, 0, None))
-  # Iterations that share the parameter count as further examples.
-  view = gradient(x, g, jnp.repeat(weights_B, x.shape[slices] // weights_B.size))
-  leaf = jax.ShapeDtypeStruct(like.shape, view.dtype)
-  return jax.linear_transpose(functools.partial(through_chain, site.view.chain), leaf)(view)[0]
-
-
-def weighted_view(site: Site, x_B: jax.Array, g_B: jax.Array, weights_B: jax.Array) -> jax.Array:
-  """`weighted_sum` with respect to the parameter's view, for a site in no loop."""
-  if site.eqn.primitive is not primitives.dot_general_p:
-    dtype = jnp.promote_types(g_B.dtype, jnp.float32)
-    x_B = x_B.astype(dtype) if jnp.issubdtype(x_B.dtype, jnp.floating) else x_B
-    operation = lambda w: jax.vmap(lambda x: site.apply(x, w, dtype))(x_B)
-    view = jax.ShapeDtypeStruct(site.eqn.invars[site.w].aval.shape, dtype)
-    return jax.linear_transpose(operation, view)(_scaled(g_B, weights_B, dtype))[0]
-  x_axes, g_axes = _dot_axes(site)
-  batch, inputs, outputs = roles(site)
-  # A product's axes are its batches, then the others of x and of g in their own order.
-  by_axis = lambda dims, axes: [d for _, d in sorted(zip(axes, dims, strict=True))]
-  x = x_B, x_axes, by_axis(inputs, x_axes.bound)
-  g = g_B, g_axes, by_axis(outputs, g_axes.bound)
-  # The smaller one is weighed. It comes first, where XLA on CPU wants tokens last: so turned it is
-  # a copy that does not stay, and the other is read as it is kept.
-  small, large = (x, g) if x_B.size < g_B.size else (g, x)
-  shift = lambda axes: [1 + a for a in axes]
-  view = dot(
-    _scaled(small[0], weights_B, small[0].dtype),
-    large[0],
-    (
-      tuple([0, *shift(axes.free)] for _, axes, _ in (small, large)),
-      tuple(shift(axes.batch) for _, axes, _ in (small, large)),
-    ),
-  )
-  order = [*batch, *small[2], *large[2]]
-  return view.transpose(sorted(range(len(order)), key=lambda i: order[i]))
-
-
-def dot(a: jax.Array, b: jax.Array, numbers) -> jax.Array:
-  """A product in at least float32, also where accelerators would round float32 operands."""
-  operands = jnp.promote_types(a.dtype, b.dtype)
-  dtype = jnp.promote_types(operands, jnp.float32)
-
-  def product(a, b, operands=operands):
-    return jax.lax.dot_general(
-      a.astype(operands),
-      b.astype(operands),
-      numbers,
-      precision='highest' if operands.itemsize >= 4 else None,
-      preferred_element_type=dtype,
-    )
-
-  if operands == dtype:
-    return product(a, b)
-  # XLA has no such product of narrow types on CPU, for some shapes.
-  wide = functools.partial(product, operands=dtype)
-  return jax.lax.platform_dependent(a, b, cpu=wide, default=product)
 
 
 def for_each_unit(
@@ -229,20 +147,15 @@ def _parts(sites, unit) -> list[Products | Rows]:
   ]
 
 
-def _scaled(y_B: jax.Array, weights_B: jax.Array, dtype) -> jax.Array:
-  """weights_b y_b, computed in at least float32, of type `dtype`."""
-  wide = at_least_float32(y_B)
-  return (wide * weights_B.reshape(weights_B.shape + (1,) * (y_B.ndim - 1))).astype(dtype)
+class Axes(NamedTuple):
+  """Axes of an array at a product, by what they run along."""
 
-
-# Axes of an array at a product, by what they run along.
-class _Axes(NamedTuple):
   batch: list[int]
   free: list[int]  # tokens
   bound: list[int]  # inputs of x, outputs of g
 
 
-def _dot_axes(site: Site) -> tuple[_Axes, _Axes]:
+def dot_axes(site: Site) -> tuple[Axes, Axes]:
   """Axes of x and of g for one example, the bound ones in the order of `roles(site)`."""
   batch, inputs, outputs = roles(site)
   contracted, parallel = site.eqn.params['dimension_numbers']
@@ -253,8 +166,8 @@ def _dot_axes(site: Site) -> tuple[_Axes, _Axes]:
   first_x = len(batch) + (0 if site.w else len(w_free))
   first_w = len(batch) + (len(x_free) if site.w else 0)
   return (
-    _Axes([x_of[d] for d in batch], x_free, [x_of[d] for d in inputs]),
-    _Axes(
+    Axes([x_of[d] for d in batch], x_free, [x_of[d] for d in inputs]),
+    Axes(
       [parallel[site.w].index(d) for d in batch],
       [first_x + i for i in range(len(x_free))],
       [first_w + w_free.index(d) for d in outputs],
@@ -262,7 +175,7 @@ def _dot_axes(site: Site) -> tuple[_Axes, _Axes]:
   )
 
 
-def _split_loops(site: Site, y: jax.Array) -> tuple[jax.Array, int]:
+def split_loops(site: Site, y: jax.Array) -> tuple[jax.Array, int]:
   """(slices of the parameter..., B, other loops..., ...), and the number of slicing loops."""
   loops = site.view.loops
   sliced = [i for i, loop in enumerate(loops) if loop.sliced]
@@ -273,16 +186,9 @@ def _split_loops(site: Site, y: jax.Array) -> tuple[jax.Array, int]:
 
 def _by_unit(site: Site, y: jax.Array) -> jax.Array:
   """(loops..., B, ...) -> (slices * B, other loops, ...)."""
-  y, sliced = _split_loops(site, y)
+  y, sliced = split_loops(site, y)
   units, first = y.shape[: sliced + 1], len(site.view.loops) + 1
   return y.reshape(math.prod(units), math.prod(y.shape[sliced + 1 : first]), *y.shape[first:])
-
-
-def _by_slice(site: Site, y: jax.Array) -> jax.Array:
-  """(loops..., B, ...) -> (slices..., B * other loops, ...)."""
-  y, sliced = _split_loops(site, y)
-  first = len(site.view.loops) + 1
-  return y.reshape(*y.shape[:sliced], math.prod(y.shape[sliced:first]), *y.shape[first:])
 
 
 def _outer_products(site: Site, x: jax.Array, g: jax.Array) -> Products | Rows:
@@ -290,7 +196,7 @@ def _outer_products(site: Site, x: jax.Array, g: jax.Array) -> Products | Rows:
   if site.eqn.primitive is primitives.gather_p:
     return _lookups(site, x, g)
   if site.eqn.primitive is primitives.dot_general_p:
-    x_axes, g_axes = _dot_axes(site)
+    x_axes, g_axes = dot_axes(site)
     return Products(_tokens(x, x_axes), _tokens(g, g_axes))
   return jax.tree.map(
     lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, y.shape[-1]),
@@ -298,7 +204,7 @@ def _outer_products(site: Site, x: jax.Array, g: jax.Array) -> Products | Rows:
   )
 
 
-def _tokens(y: jax.Array, axes: _Axes) -> jax.Array:
+def _tokens(y: jax.Array, axes: Axes) -> jax.Array:
   """(loops, ...) -> (Q, T, bound)."""
   sizes = [math.prod(y.shape[1 + a] for a in group) for group in axes]
   y = y.transpose([1 + a for a in axes.batch] + [0] + [1 + a for a in axes.free + axes.bound])
@@ -339,15 +245,3 @@ def _patches(site: Site, x: jax.Array, g: jax.Array) -> Products:
     y.reshape(y.shape[0], groups, y.shape[1] // groups, -1), (1, 0, 3, 2), (0, 1, 2, 3)
   ).reshape(groups, -1, y.shape[1] // groups)
   return Products(by_group(patches), by_group(g))
-
-
-def _arranged(site: Site, view: jax.Array) -> jax.Array:
-  """The parameter's view in the coordinates of outer products: (Q, K, O)."""
-  if site.eqn.primitive is primitives.conv_general_dilated_p:
-    params = site.eqn.params
-    kernel = view.transpose(params['dimension_numbers'].rhs_spec)  # outputs, inputs, space
-    groups, outputs = params['feature_group_count'], kernel.shape[0]
-    return kernel.reshape(groups, outputs // groups, -1).swapaxes(1, 2)
-  roles_of = roles(site)
-  sizes = [math.prod(view.shape[d] for d in dims) for dims in roles_of]
-  return view.transpose([d for dims in roles_of for d in dims]).reshape(sizes)

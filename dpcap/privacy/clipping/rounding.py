@@ -16,10 +16,17 @@ Model. Let u be the unit roundoff of a type (half its eps: 2^-24 for float32).
 3. bfloat16 and float16 operands have exact products in float32. Tensor cores add these up
    with fewer guard bits than IEEE asks for: their u counts NARROW times.
 
+Lemma. A sum of n numbers x_i, added in any order, is off by at most gamma(n) (sum |x_i| + |sum x_i|) / 2:
+each of n - 1 additions rounds a partial sum, and a partial sum is at most the sum of all that is positive
+or of all that is negative, whichever is more, which is that half. It counts all additions. In a tree
+those that one number meets are fewer, but the partial sums of a level may add up to sum |x_i|, twice
+that half: where n counts what a number meets, the error is gamma(n) sum |x_i|.
+
 A bound with n terms is worst where n is large, and a sum whose order is known needs no n:
 `tree_sum` adds eight terms at a time, so that a term meets 7 log8(n) roundings.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -31,6 +38,9 @@ NARROW = 4
 
 # Smaller float32 numbers may be zero.
 TINY = float(jnp.finfo(jnp.float32).tiny)
+
+# What computing a bound may lose of it.
+SLACK = 1 + 1e-3
 
 # Types of parameters, and of products whose norms are known to be right.
 FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
@@ -58,6 +68,27 @@ def gamma(terms: int, dtype: Any) -> float:
   if jnp.dtype(dtype).itemsize < 4:
     u *= NARROW
   return terms * u / (1 - terms * u) if terms * u < 0.5 else math.inf
+
+
+def dot(a: jax.Array, b: jax.Array, numbers) -> jax.Array:
+  """A product in at least float32, also where accelerators would round float32 operands."""
+  operands = jnp.promote_types(a.dtype, b.dtype)
+  dtype = jnp.promote_types(operands, jnp.float32)
+
+  def product(a, b, operands=operands):
+    return jax.lax.dot_general(
+      a.astype(operands),
+      b.astype(operands),
+      numbers,
+      precision='highest' if operands.itemsize >= 4 else None,
+      preferred_element_type=dtype,
+    )
+
+  if operands == dtype:
+    return product(a, b)
+  # XLA has no such product of narrow types on CPU, for some shapes.
+  wide = functools.partial(product, operands=dtype)
+  return jax.lax.platform_dependent(a, b, cpu=wide, default=product)
 
 
 def tree_sum(x: jax.Array) -> jax.Array:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from dpcap import privacy
-from dpcap.privacy.clipping import norms, outer_products
+from dpcap.privacy.clipping import gram, norms, outer_products
 from dpcap.privacy.clipping.outer_products import Products, Rows
 from dpcap.privacy.clipping.rounding import tree_sum
 from dpcap.privacy.clipping.tracing import trace_loss
 from dpcap.privacy.clipping.uses import find_uses
+from dpcap.privacy.clipping.weighted_gradients import weighted_gradient
 from tests.privacy.clipping.programs import CLIP_NORM, MARGIN, norm
 
 TOKENS, INPUTS, OUTPUTS, ROWS = 6, 37, 41, 50
@@ -80,7 +81,7 @@ SETTINGS = {
 @pytest.mark.parametrize('loss_fn', [products, lookups, both])
 def test_norms_and_sums_are_off_by_no_more_than_is_said(rng, monkeypatch, loss_fn, setting):
   for name, value in SETTINGS[setting].items():
-    monkeypatch.setattr(norms if hasattr(norms, name) else outer_products, name, value)
+    monkeypatch.setattr(gram if hasattr(gram, name) else outer_products, name, value)
   inputs = INPUTS if loss_fn is products else ROWS
   shape, like = (inputs, OUTPUTS), jnp.zeros((inputs, OUTPUTS))
   group, _, _ = group_of(loss_fn, shape, make_batch(rng, 'random', inputs))
@@ -88,7 +89,7 @@ def test_norms_and_sums_are_off_by_no_more_than_is_said(rng, monkeypatch, loss_f
   @jax.jit
   def run(xs, gs, weights):
     total = sum(
-      outer_products.weighted_sum(site, x, g, weights, like) for site, x, g in zip(group, xs, gs)
+      weighted_gradient(site, x, g, weights, like) for site, x, g in zip(group, xs, gs)
     )
     return norms.squared_norm(group, xs, gs), total
 
@@ -130,15 +131,15 @@ U = 2.0**-24  # of float32
 
 @pytest.mark.parametrize('at_once', [1, 4])  # in a loop over slices, and without
 def test_slices_of_opposite_signs_are_bounded_each_by_itself(monkeypatch, at_once):
-  monkeypatch.setattr(norms, '_SLICES_AT_ONCE', at_once)
-  size = norms._SLICE
+  monkeypatch.setattr(gram, '_SLICES_AT_ONCE', at_once)
+  size = gram._SLICE
   # A large term first: every partial sum of a slice is nearly the whole slice.
   slice_ = np.float32([1, *np.full(size - 1, 1e-4)])
   x = np.concatenate([slice_, slice_])[None]
   y = np.concatenate([slice_, -slice_])[None]
-  gram = norms._gram(jnp.asarray(x), jnp.asarray(y))
+  found = gram.gram_matrix(jnp.asarray(x), jnp.asarray(y))
   partial_sums = 2 * np.sum(np.cumsum(np.float64(slice_) ** 2)[1:])
-  assert gram.error[0, 0] >= U * partial_sums
+  assert found.error[0, 0] >= U * partial_sums
 
 
 def test_products_and_a_lookup_that_cancel_are_bounded_each_by_itself():
