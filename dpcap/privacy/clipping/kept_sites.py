@@ -52,7 +52,7 @@ class KeptSites(NamedTuple):
     return [norm for groups in alike.values() for norm in _norms_of_alike(groups)]
 
   def weighted_sums(
-    self, weights_B: jax.Array, leaves: Sequence[jax.Array]
+    self, weights_B: jax.Array, leaves: Sequence[jax.Array] | dict[int, jax.Array]
   ) -> dict[int, jax.Array]:
     """sum_b weights_b (gradient of example b), by parameter."""
     sums = {i: weighted_sum(weights_B, g_B) for i, g_B in self.direct.items()}
