@@ -17,6 +17,11 @@ def weighted_sum(weights_B: jax.Array, grads_B: jax.Array) -> jax.Array:
   return jnp.einsum('b,b...->...', weights_B, at_least_float32(grads_B), precision='highest')
 
 
+def add_term(sums: dict[int, jax.Array], leaf: int, term: jax.Array) -> None:
+  """Adds to the sum of a parameter, or starts it."""
+  sums[leaf] = sums[leaf] + term if leaf in sums else term
+
+
 def unflattened(treedef, leaves: list[jax.Array], sums: dict[int, jax.Array]) -> PyTree:
   """The parameters' tree of sums by leaf; zeros for parameters without a gradient."""
   zeros = lambda leaf: jnp.zeros_like(at_least_float32(jnp.asarray(leaf)))

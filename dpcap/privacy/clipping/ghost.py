@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dpcap.privacy.clipping.bookkeeping import batch_axes, make_slot, tap
-from dpcap.privacy.clipping.contributions import repeated, unflattened, without_unusable
+from dpcap.privacy.clipping.contributions import add_term, repeated, unflattened, without_unusable
 from dpcap.privacy.clipping.ghost_site import TAKE_NORMS, ghost_site, with_additions
 from dpcap.privacy.clipping.gradient_norms import gradient_norms
 from dpcap.privacy.clipping.kept_sites import KeptSites, keep_sites
@@ -91,7 +91,7 @@ def ghost(problem: Problem) -> ClippedSum:
       total = sites.weighted_sums(state.factors, leaves)
       # Of one parameter there may be sites of both kinds.
       for i, term in found.sums.items():
-        total[i] = total[i] + term if i in total else term
+        add_term(total, i, term)
       return state._replace(sum=unflattened(treedef, leaves, total))
 
     def one_pass(state: _State) -> _State:

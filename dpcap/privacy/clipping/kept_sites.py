@@ -1,17 +1,19 @@
 """Norms and sums of sites whose inputs and output gradients are all at hand."""
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpcap.privacy.clipping import norms, outer_products, weighted_gradients
+from dpcap.privacy.clipping import norms, outer_products
 from dpcap.privacy.clipping.computed_once import settled
-from dpcap.privacy.clipping.contributions import weighted_sum
+from dpcap.privacy.clipping.contributions import add_term, weighted_sum
 from dpcap.privacy.clipping.norms import SquaredNorm
 from dpcap.privacy.clipping.sites import Path, Site
+from dpcap.privacy.clipping.weighted_gradients import to_parameter, weighted_gradient
 
 PyTree = Any
 
@@ -54,24 +56,14 @@ class KeptSites(NamedTuple):
   def weighted_sums(
     self, weights_B: jax.Array, leaves: Sequence[jax.Array] | dict[int, jax.Array]
   ) -> dict[int, jax.Array]:
-    """sum_b weights_b (gradient of example b), by parameter."""
+    """sum_b weights_b (gradient of example b), by parameter; `leaves` are the parameters."""
     sums = {i: weighted_sum(weights_B, g_B) for i, g_B in self.direct.items()}
-    terms = [
-      (site, weighted_gradients.to_parameter(site, weighted_sum(weights_B, g_B), leaves[site.view.leaf]))
-      for site, g_B in self.formed
-    ] + [
-      (
-        site,
-        weighted_gradients.weighted_gradient(
-          site, self.xs[site.path], self.gs[site.path], weights_B, leaves[site.view.leaf]
-        ),
-      )
-      for group in self.groups
-      for site in group
-    ]
-    for site, term in terms:
+    for site, g_B in self.formed:
       i = site.view.leaf
-      sums[i] = sums[i] + term if i in sums else term
+      add_term(sums, i, to_parameter(site, weighted_sum(weights_B, g_B), leaves[i]))
+    for site in itertools.chain(*self.groups):
+      i, (x, g) = site.view.leaf, (self.xs[site.path], self.gs[site.path])
+      add_term(sums, i, weighted_gradient(site, x, g, weights_B, leaves[i]))
     return sums
 
 

@@ -32,7 +32,7 @@ def weighted_gradient(
     weights_B: of the examples.
     like: the parameter or its shape.
   """
-  gradient = functools.partial(weighted_gradient_of_view, site)
+  gradient = functools.partial(_of_view, site)
   x, g = _by_slice(site, x), _by_slice(site, g)
   slices = sum(loop.sliced for loop in site.view.loops)
   for _ in range(slices):
@@ -43,7 +43,7 @@ def weighted_gradient(
   return jax.linear_transpose(functools.partial(through_chain, site.view.chain), leaf)(view)[0]
 
 
-def weighted_gradient_of_view(
+def _of_view(
   site: Site, x_B: jax.Array, g_B: jax.Array, weights_B: jax.Array
 ) -> jax.Array:
   """`weighted_gradient` with respect to the parameter's view, for a site in no loop."""
