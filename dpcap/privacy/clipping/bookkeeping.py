@@ -1,5 +1,8 @@
 """Clipping by one backward pass that keeps what norms and sums are made of.
 
+For each site that is its activations, which the forward pass records, and its output's gradients,
+which the backward pass leaves in a slot: an input of zeros beside the output (`tap`), whose gradient is
+the output's. The gradient of the parameter itself is never asked for.
 Source: Bu et al. 2022, Differentially Private Optimization on Large Model at Small Cost, arXiv
 2210.00038, algorithm 1.
 """
@@ -11,29 +14,30 @@ from dpcap.privacy.clipping.contributions import repeated, unflattened, without_
 from dpcap.privacy.clipping.gradient_norms import gradient_norms
 from dpcap.privacy.clipping.kept_sites import keep_sites
 from dpcap.privacy.clipping.replay import replay
-from dpcap.privacy.clipping.strategy import ClippedSum, Problem
 from dpcap.privacy.clipping.sites import Path, Site
+from dpcap.privacy.clipping.strategy import ClippedSum, Problem
 from dpcap.privacy.clipping.uses import find_uses
 
 
 def bookkeeping(problem: Problem) -> ClippedSum:
-  """The clipped sum, from what one forward and one backward pass of the batch leave behind."""
+  """The clipped sum, from one forward and one backward pass of the batch."""
   uses = find_uses(problem.trace, problem.params)
   leaves, treedef = jax.tree.flatten(problem.params)
+
+  def at_site(site, x, w, slot):
+    return tap(site.apply(x, w), slot), x
+
+  def loss_of_one(direct, slots, example):
+    mixed = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
+    return replay(uses, mixed, example, slots, at_site)
+
+  axes = batch_axes(uses.sites)
+  losses_of = jax.vmap(loss_of_one, (0, axes, 0), (0, axes))
 
   def attempt(batch, mask) -> ClippedSum:
     size = mask.shape[0]
 
-    def at_site(site, x, w, slot):
-      return tap(site.apply(x, w), slot), x
-
-    def loss_of_one(direct, slots, example):
-      mixed = [direct.get(i, leaf) for i, leaf in enumerate(leaves)]
-      return replay(uses, mixed, example, slots, at_site)
-
     # Forward and backward: the gradients of slots are those of the sites' outputs.
-    axes = batch_axes(uses.sites)
-    losses_of = jax.vmap(loss_of_one, (0, axes, 0), (0, axes))
     direct = {i: repeated(leaves[i], size) for i in uses.direct}
     slots = {at: make_slot(site, size) for at, site in uses.sites.items()}
     losses, backward, xs = jax.vjp(

@@ -23,8 +23,9 @@ not to C. Edge cases:
 | largest float (about 1.8e19 in float32)  | parameter                      |
 | masked out (padding, undecodable record) | exactly zero                   |
 
-Nothing is scaled up by more than LARGEST_FACTOR, whatever the clip function says. In `bookkeeping` and `ghost` the same goes for the activations and output gradients that
-norms are taken from, where they are past 1e19 in float32.
+In `bookkeeping` and `ghost` the same goes for the activations and output gradients that norms are
+taken from, where they are past 1e19 in float32. Nothing is scaled up by more than LARGEST_FACTOR,
+whatever the clip function says.
 
 Why it holds. Whatever is formed for each example (all of it in `vmap`) is held, and norm and sum
 are of the same numbers; the norm is a sum of squares in a known order. What is not formed has a norm
@@ -35,18 +36,14 @@ more. `ghost` runs one compiled backward pass twice, so that both see the same g
 
 Strategies, cost in floating-point operations where a plain training step has 3:
 
-| strategy      | backward passes     | per-example gradients held     | operations    |
-| ------------- | ------------------- | ------------------------------ | ------------- |
-| `vmap`        | 1                   | of all parameters              | 3, in memory  |
-| `bookkeeping` | 1, keeps activations and output gradients of all layers | where smaller than these | about 3.3 |
-| `ghost`       | 2                   | of biases, scales              | about 4.3     |
-| `auto`        | `bookkeeping`, or `ghost` where the loss uses remat: it is short of memory          |
+| strategy      | backward passes                | per-example gradients held | operations   |
+| ------------- | ------------------------------ | -------------------------- | ------------ |
+| `vmap`        | 1                              | of all parameters          | 3, in memory |
+| `bookkeeping` | 1, keeps activations and       | where smaller than these   | about 3.3    |
+|               | output gradients of all layers |                            |              |
+| `ghost`       | 2                              | of biases, scales          | about 4.3    |
 
-`vmap` is the definition of right, in a dozen lines. How the others go without the gradients of
-matrices, convolutions and embeddings, to be read in this order: `uses.py` finds where a
-parameter meets examples, `replay.py` runs the loss with a hand on these sites, `outer_products.py`
-says what a site adds to the gradient, `norms.py` its norm, and `bookkeeping.py` and `ghost.py` put
-these together.
+`auto` is `bookkeeping`, or `ghost` where the loss uses remat: it is short of memory.
 """
 
 from typing import Any
