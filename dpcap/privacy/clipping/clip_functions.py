@@ -2,7 +2,7 @@
 
 A clip function maps norms (B,) >= 0 and clip_norm C to factors (B,) with
 
-    factor * norm <= C      for every norm,
+    0 <= factor * norm <= C      for every norm,
 
 which is all that the guarantee of `clipped_sum` needs: one example moves the sum by at
 most C, its L2 sensitivity.

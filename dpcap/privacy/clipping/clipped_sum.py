@@ -24,8 +24,8 @@ not to C. Edge cases:
 | masked out (padding, undecodable record) | exactly zero                   |
 
 In `bookkeeping` and `ghost` the same goes for the activations and output gradients that norms are
-taken from, where they are past 1e19 in float32. Nothing is scaled up by more than LARGEST_FACTOR,
-whatever the clip function says.
+taken from, where they are past 1e19 in float32. Whatever the clip function says, nothing is scaled
+up by more than LARGEST_FACTOR, and a negative factor is zero.
 
 Why it holds. Whatever is formed for each example (all of it in `vmap`) is held, and norm and sum
 are of the same numbers; the norm is a sum of squares in a known order. What is not formed has a norm
@@ -133,7 +133,7 @@ def clipped_sum(
     factors = clip_function(norms.bound, clip_norm)
     # What is flushed adds to a weighted gradient of norm C, whatever its weight: make room for it.
     room = jnp.maximum(1 - norms.flushed / clip_norm, 0)
-    return jnp.minimum(factors * room, LARGEST_FACTOR)
+    return jnp.clip(factors * room, 0, LARGEST_FACTOR)
 
   problem = Problem(loss_fn, trace, params, batch, mask, factor_of)
   return CLIPPING_STRATEGIES[strategy](problem)

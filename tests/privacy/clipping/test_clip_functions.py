@@ -84,3 +84,24 @@ def test_factors_that_would_overflow_what_they_weigh_are_cut(strategy):
     strategy=strategy,
   )
   assert np.isfinite(result.sum).all() and np.any(result.sum)
+
+
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+def test_a_negative_factor_counts_as_zero(rng, strategy):
+  # The first one is what a strategy might take for the factor of all.
+  factors = jnp.float32([-0.3, 0.1, -0.2, 0.2])
+  clip = lambda mask: privacy.clipped_sum(
+    lambda p, x: jnp.sum(jnp.tanh(x @ p['w'] + p['b'])),
+    {'w': jnp.ones((5, 7)), 'b': jnp.ones(7)},
+    batch,
+    mask,
+    clip_norm=1.0,
+    clip_function=lambda norms, clip_norm: factors,
+    strategy=strategy,
+  )
+  batch = np.float32(rng.normal(size=(4, 2, 5)))
+  result, expected = clip(np.ones(4, bool)), clip(np.array(factors > 0))
+  np.testing.assert_array_equal(result.factors, expected.factors)
+  assert np.all(result.factors >= 0)
+  for one, other in zip(jax.tree.leaves(result.sum), jax.tree.leaves(expected.sum), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
