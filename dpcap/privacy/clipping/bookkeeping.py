@@ -1,8 +1,9 @@
 """Clipping by one backward pass that keeps what norms and sums are made of.
 
 For each site that is its activations, which the forward pass records, and its output's gradients,
-which the backward pass leaves in a slot: an input of zeros beside the output (`tap`), whose gradient is
-the output's. The gradient of the parameter itself is never asked for.
+which the backward pass leaves in a slot: an input of zeros beside the output (`tap`), whose
+gradient is the output's. The gradient of the parameter itself is never asked for.
+
 Source: Bu et al. 2022, Differentially Private Optimization on Large Model at Small Cost, arXiv
 2210.00038, algorithm 1.
 """

@@ -28,9 +28,9 @@ taken from, where they are past 1e19 in float32. Whatever the clip function says
 up by more than LARGEST_FACTOR, and a negative factor is zero.
 
 Why it holds. Whatever is formed for each example (all of it in `vmap`) is held, and norm and sum
-are of the same numbers; the norm is a sum of squares in a known order. What is not formed has a norm
-with a proven bound on its rounding and on the rounding of its sum (`norms.py`), which is
-added to the norm that factors are computed from. Ordinary gradients lose one to a few 1e-5 of their
+are of the same numbers; the norm is a sum of squares in a known order. What is not formed has a
+norm with a proven bound on its rounding and on the rounding of its sum (`norms.py`), which is added
+to the norm that factors are computed from. Ordinary gradients lose one to a few 1e-5 of their
 factor to it. An example whose tokens cancel, so that its gradient is small beside its parts, loses
 more. `ghost` runs one compiled backward pass twice, so that both see the same gradients.
 

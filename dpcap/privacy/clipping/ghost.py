@@ -1,15 +1,17 @@
 """Clipping by two backward passes, one for the norms and one for the sum.
 
-Norms are taken inside the first pass, as soon as a site has its output's gradient (`ghost_site.py`),
-so that nothing is kept beyond what a plain step keeps, remat included. In the second pass each site
-weighs its examples by their factors. Both passes are one compiled loop body that runs twice, from
-the same cotangents: compiled twice, or with the losses weighed instead, the backward pass rounds
-otherwise, and where a gradient is a small rest of large terms the sum would be of other gradients
-than the norms. For the same reason an operation must give the same bits both times: a GPU's sums by
-atomic additions (of scattered gradients) do not unless XLA is told so
+Norms are taken inside the first pass, as soon as a site has its output's gradient
+(`ghost_site.py`), so that nothing is kept beyond what a plain step keeps, remat included. In the
+second pass each site weighs its examples by their factors. Both passes are one compiled loop body
+that runs twice, from the same cotangents: compiled twice, or with the losses weighed instead, the
+backward pass rounds otherwise, and where a gradient is a small rest of large terms the sum would be
+of other gradients than the norms. For the same reason an operation must give the same bits both
+times: a GPU's sums by atomic additions (of scattered gradients) do not unless XLA is told so
 (`--xla_gpu_deterministic_ops`).
 
-A parameter with several uses needs the gradients of all at once: those are kept, as in `bookkeeping`.
+A parameter with several uses needs the gradients of all at once: those are kept, as in
+`bookkeeping`.
+
 Source: Li et al. 2021, Large Language Models Can Be Strong Differentially Private Learners, arXiv
 2110.05679, section 4.
 """
@@ -123,7 +125,7 @@ def ghost(problem: Problem) -> ClippedSum:
 
 
 def _is_alone(group: tuple[Site, ...]) -> bool:
-  """Whether a site overlaps with nothing else: it is its group, and its loops slice its parameter."""
+  """Whether a group is a single site that no scan applies to the same entries twice."""
   return len(group) == 1 and all(loop.sliced for loop in group[0].view.loops)
 
 

@@ -4,22 +4,23 @@
 
     (x, w, norm_slot) -> (y, order)        for one example, to be mapped over a batch,
 
-because a backward pass is given things only as the gradients of outputs, and gives things back only as
-the gradients of inputs. Both are zeros that nothing is computed from. The gradient of `order` says
-what to do, the same for all examples of a batch:
+because a backward pass is given things only as the gradients of outputs, and gives things back only
+as the gradients of inputs. Both are zeros that nothing is computed from. The gradient of `order`
+says what to do, the same for all examples of a batch:
 
-| gradient of `order`     | gradient of `w`                        | gradient of `norm_slot`         |
-| ----------------------- | -------------------------------------- | ------------------------------- |
-| TAKE_NORMS, negative    | zeros                                  | SquaredNorm of the example's    |
-|                         |                                        | gradient of `w`                 |
-| the example's factor    | the sum over the batch, each example's | zeros                           |
-|                         | gradient times its factor              |                                 |
+| gradient of `order`  | gradient of `w`                     | gradient of `norm_slot`      |
+| -------------------- | ----------------------------------- | ---------------------------- |
+| TAKE_NORMS, negative | zeros                               | SquaredNorm of the example's |
+|                      |                                     | gradient of `w`              |
+| the example's factor | the sum over the batch of examples' | zeros                        |
+|                      | gradients times their factors       |                              |
 
-Only the one of the two that is asked for is computed. The gradient of `x` is what it always is. Where
-many sites share a `norm_slot`, autodiff adds up their squares.
+Only the one of the two that is asked for is computed. The gradient of `x` is what it always is.
+Where many sites share a `norm_slot`, autodiff adds up their squares.
 
-Autodiff sees one example at a time and this backward pass needs the batch: a function with a batching
-rule of its own (`custom_vmap`) hands the batch to one with a backward pass of its own (`custom_vjp`).
+Autodiff sees one example at a time and this backward pass needs the batch: a function with a
+batching rule of its own (`custom_vmap`) hands the batch to one with a backward pass of its own
+(`custom_vjp`).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,11 +1,12 @@
 """Gram matrices of tokens, with a bound on what each entry is off by.
 
 An entry is A_ts = a_t . a_s, of vectors of K numbers. Write D_ts for a bound on sum_k |a_tk a_sk|:
-|a_t| |a_s| by Cauchy and Schwarz or, sharper where entries are uneven, the sum over slices of the axis
-of the products of the slices' lengths. A Gram matrix is computed slice by slice, A_ts = sum_i A^i_ts,
-in products of few terms. By the lemma of `rounding.py` slices of n terms are together off by
-gamma(n) (D_ts + sum_i |A^i_ts|) / 2, and slices are added in a known order, in which each meets m
-additions. So, products and what falls below TINY counted too, the entry is off by at most
+|a_t| |a_s| by Cauchy and Schwarz or, sharper where entries are uneven, the sum over slices of the
+axis of the products of the slices' lengths. A Gram matrix is computed slice by slice,
+A_ts = sum_i A^i_ts, in products of few terms. By the lemma of `rounding.py` slices of n terms are
+together off by gamma(n) (D_ts + sum_i |A^i_ts|) / 2, and slices are added in a known order, in
+which each meets m additions. So, products and what falls below TINY counted too, the entry is off
+by at most
 
   E_ts = gamma(n) (D_ts + sum_i |A^i_ts|) / 2 + gamma(m) sum_i |A^i_ts| + gamma(1) D_ts + 2 K TINY.
 """

@@ -13,7 +13,11 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 # Calls whose body is visited as if it stood in place, and the parameter that holds it.
-CALLS = {primitives.jit_p: 'jaxpr', primitives.remat_p: 'jaxpr', primitives.closed_call_p: 'call_jaxpr'}
+CALLS = {
+  primitives.jit_p: 'jaxpr',
+  primitives.remat_p: 'jaxpr',
+  primitives.closed_call_p: 'call_jaxpr',
+}
 
 # Calls out of JAX, by the name of their primitive; `vmap_method` says what becomes of a batch.
 CALLS_OUT = ('pure_callback', 'io_callback', 'ffi_call')

@@ -21,28 +21,37 @@ sum_k |a_tk a_sk|. Then, entry by entry,
 
   |A B - fl(A) fl(B)| <= E^a (|fl(B)| + E^b) + |fl(A)| E^b,
 
-and summing fl(A) fl(B) by `tree_sum` over m entries adds gamma(1 + tree_depth(m)) sum |fl(A) fl(B)|.
+and summing fl(A) fl(B) by `tree_sum` over m entries adds
+
+  gamma(1 + tree_depth(m)) sum |fl(A) fl(B)|.
+
 `error` is the sum of these. All of it is non-negative and computed with errors of relative size
-below 1e-3, which a factor of 1 + 1e-3 makes up for (the terms of second order that are left out too).
+below 1e-3, which a factor of 1 + 1e-3 makes up for (the terms of second order that are left out
+too).
 
 Proof of (3). Entry (k, o) is the sum of w a_tk g_to. Weighing a_tk and multiplying round each term:
 gamma(2) |a_tk g_to|. Adding up, in any order, with other examples at weight 0, is the lemma of
-`rounding.py` with T additions:
-gamma(T) (sum_t |a_tk g_to| + |S_ko|) / 2. (Where tokens of an entry differ in T, as lookups and products
-of one parameter do, it is gamma(T) sum_t |a_tk g_to|.) The norm of the first over all entries follows from
+`rounding.py` with T additions: gamma(T) (sum_t |a_tk g_to| + |S_ko|) / 2. (Where tokens of an entry
+differ in T, as lookups and products of one parameter do, it is gamma(T) sum_t |a_tk g_to|.) The
+norm of the first over all entries follows from
 
-  sum_ko (sum_t |a_tk g_to|)^2 = sum_ts (sum_k |a_tk a_sk|) (sum_o |g_to g_so|) <= sum_ts D^a_ts D^b_ts,
+  sum_ko (sum_t |a_tk g_to|)^2 = sum_ts (sum_k |a_tk a_sk|) (sum_o |g_to g_so|)
+                              <= sum_ts D^a_ts D^b_ts,
 
-that of the second is |S|, bounded by (2). A weighed entry below TINY may become 0: TINY |g_to| is lost
-for each a_tk, or TINY |a_tk| for each g_to where that is weighed, so `flushed` is
-TINY sum_t (sqrt(K) |g_t| + sqrt(O) |a_t|). For lookups, T counts the tokens of the same row. What is weighed
-in a narrow type rounds to it besides.
+that of the second is |S|, bounded by (2). A weighed entry below TINY may become 0: TINY |g_to| is
+lost for each a_tk, or TINY |a_tk| for each g_to where that is weighed, so `flushed` is
+
+  TINY sum_t (sqrt(K) |g_t| + sqrt(O) |a_t|).
+
+For lookups, T counts the tokens of the same row. What is weighed in a narrow type rounds to it
+besides.
 
 What it costs. Both bounds look at what is there, not at the worst that could be: for ordinary
-gradients, D^a |B| and |A| D^b sum up to a few |S|^2. Beside the norm, half of `error` over `value` and the
-root of `rounding` over the norm come to at most 7e-5 for 2 to 40 random output gradients over inputs that have
-much in common, 192 to 768 wide (a test holds that). ROUNDING_MARGIN of `clipped_sum.py` takes up 8e-6 of it;
-factors are smaller by the rest. Narrower slices (`gram.py`) lower it and take more time.
+gradients, D^a |B| and |A| D^b sum up to a few |S|^2. Beside the norm, half of `error` over `value`
+and the root of `rounding` over the norm come to at most 7e-5 for 2 to 40 random output gradients
+over inputs that have much in common, 192 to 768 wide (a test holds that). ROUNDING_MARGIN of
+`clipped_sum.py` takes up 8e-6 of it; factors are smaller by the rest. Narrower slices (`gram.py`)
+lower it and take more time.
 """
 
 import functools

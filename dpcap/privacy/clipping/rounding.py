@@ -10,17 +10,20 @@ Model. Let u be the unit roundoff of a type (half its eps: 2^-24 for float32).
        gamma(n) sum_i |x_i y_i|,     gamma(n) = n u / (1 - n u)
 
    (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1: every term meets
-   at most n roundings). TF32 breaks it; precision `highest` forbids it. TPUs make a float32 product of six
-   bfloat16 ones, which is taken to be within the model, not known.
+   at most n roundings). TF32 breaks it; precision `highest` forbids it. TPUs make a float32
+   product of six bfloat16 ones, which is taken to be within the model, not known.
    Convolutions by FFT or by Winograd's method, which a GPU's library may choose, are outside it.
 3. bfloat16 and float16 operands have exact products in float32. Tensor cores add these up
    with fewer guard bits than IEEE asks for: their u counts NARROW times.
 
-Lemma. A sum of n numbers x_i, added in any order, is off by at most gamma(n) (sum |x_i| + |sum x_i|) / 2:
-each of n - 1 additions rounds a partial sum, and a partial sum is at most the sum of all that is positive
-or of all that is negative, whichever is more, which is that half. It counts all additions. In a tree
-those that one number meets are fewer, but the partial sums of a level may add up to sum |x_i|, twice
-that half: where n counts what a number meets, the error is gamma(n) sum |x_i|.
+Lemma. A sum of n numbers x_i, added in any order, is off by at most
+
+    gamma(n) (sum |x_i| + |sum x_i|) / 2:
+
+each of n - 1 additions rounds a partial sum, and a partial sum is at most the sum of all that is
+positive or of all that is negative, whichever is more, which is that half. It counts all additions.
+In a tree those that one number meets are fewer, but the partial sums of a level may add up to
+sum |x_i|, twice that half: where n counts what a number meets, the error is gamma(n) sum |x_i|.
 
 A bound with n terms is worst where n is large, and a sum whose order is known needs no n:
 `tree_sum` adds eight terms at a time, so that a term meets 7 log8(n) roundings.

@@ -20,9 +20,10 @@ class RunningSum(NamedTuple):
 
       u |s| + gamma(n)^2 sum |terms|,
 
-  u the unit roundoff and gamma(n) = n u / (1 - n u) (Ogita, Rump and Oishi, Accurate Sum and Dot Product,
-  SIAM J. Sci. Comput. 26(6), 2005, proposition 4.5): one rounding of the result, unless terms cancel
-  to less than 1e-8 of their size. For n < 1e6, and where no partial sum is past the largest float.
+  u the unit roundoff and gamma(n) = n u / (1 - n u) (Ogita, Rump and Oishi, Accurate Sum and Dot
+  Product, SIAM J. Sci. Comput. 26(6), 2005, proposition 4.5): one rounding of the result, unless
+  terms cancel to less than 1e-8 of their size. For n < 1e6, and where no partial sum is past the
+  largest float.
 
   Attributes:
     total: the rounded sum.

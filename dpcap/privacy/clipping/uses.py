@@ -1,9 +1,9 @@
 """Where parameters meet examples: what the trace of a loss does with each parameter.
 
-The loss of one example is traced to a jaxpr. A parameter, possibly reshaped, transposed,
-sliced or cast on its way (a `View`), meets values that depend on the example in some equation. Where
-that equation is a matrix product, a convolution or a lookup of rows (a `Site`), the
-parameter's per-example gradient is a sum over tokens of outer products,
+The loss of one example is traced to a jaxpr. A parameter, possibly reshaped, transposed, sliced or
+cast on its way (a `View`), meets values that depend on the example in some equation. Where that
+equation is a matrix product, a convolution or a lookup of rows (a `Site`), the parameter's
+per-example gradient is a sum over tokens of outer products,
 
     A^T G,   A: what the site was fed (tokens x inputs),  G: its output's gradient,
 

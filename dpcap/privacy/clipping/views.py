@@ -2,8 +2,8 @@
 
 A view is a selection of a parameter's entries, each at most once, in some order: a reshape, a
 transpose, a slice, and the slices that a scan takes, one after the other. It is kept as a chain of
-these steps. They are linear, so that their transpose leads from the gradient of a view back to that of
-its parameter.
+these steps. They are linear, so that their transpose leads from the gradient of a view back to that
+of its parameter.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The worst that a search finds in seconds; `python -m tests.privacy.clipping.search` takes longer."""
+"""The worst that a search finds in seconds; `python -m tests.privacy.clipping.search` goes on."""
 
 import json
 import time
