@@ -108,11 +108,12 @@ def ghost(problem: Problem) -> ClippedSum:
       )
       return after._replace(done=state.done + 1)
 
-    zeros = gradient_norms(size, [], [])
-    factors = jnp.where(mask, problem.factor_of(zeros), 0.0)
+    # Before the first pass: of no gradients.
+    norms = gradient_norms(size, [], [])
+    factors = jnp.where(mask, problem.factor_of(norms), 0.0)
     state = _State(
       done=jnp.zeros((), jnp.int32),
-      norms=zeros.value.astype(dtype),
+      norms=norms.value.astype(dtype),
       factors=factors.astype(dtype),
       sum=unflattened(treedef, leaves, {}),
     )

@@ -124,29 +124,6 @@ def tokens_of(parts: Sequence[Products | Rows]) -> int:
   return sum(part.g.shape[-2] for part in parts)
 
 
-def _parts_of_unit(sites, xs, gs) -> list[Products | Rows]:
-  """The shapes of one unit's parts."""
-
-  def first(*arrays):
-    units = [(_by_unit(s, x), _by_unit(s, g)) for s, x, g in zip(sites, *arrays, strict=True)]
-    return _parts(sites, [(x[0], g[0]) for x, g in units])
-
-  return jax.eval_shape(first, list(xs), list(gs))
-
-
-def _parts(sites, unit) -> list[Products | Rows]:
-  """One unit's outer products, those of all sites in the coordinates of the same one."""
-  # Rows that are looked up are inputs.
-  lookups = [site for site in sites if site.eqn.primitive is primitives.gather_p]
-  inputs = base_roles((lookups or sites)[0]).inputs
-  parts = [_outer_products(site, x, g) for site, (x, g) in zip(sites, unit, strict=True)]
-  # A transposed use of the parameter has its inputs where the others have outputs.
-  return [
-    part if base_roles(site).inputs == inputs else Products(part.g, part.a)
-    for site, part in zip(sites, parts)
-  ]
-
-
 class Axes(NamedTuple):
   """Axes of an array at a product, by what they run along."""
 
@@ -182,6 +159,29 @@ def split_loops(site: Site, y: jax.Array) -> tuple[jax.Array, int]:
   others = [i for i, loop in enumerate(loops) if not loop.sliced]
   order = [*sliced, len(loops), *others]
   return jnp.moveaxis(y, order, range(len(order))), len(sliced)
+
+
+def _parts_of_unit(sites, xs, gs) -> list[Products | Rows]:
+  """The shapes of one unit's parts."""
+
+  def first(*arrays):
+    units = [(_by_unit(s, x), _by_unit(s, g)) for s, x, g in zip(sites, *arrays, strict=True)]
+    return _parts(sites, [(x[0], g[0]) for x, g in units])
+
+  return jax.eval_shape(first, list(xs), list(gs))
+
+
+def _parts(sites, unit) -> list[Products | Rows]:
+  """One unit's outer products, those of all sites in the coordinates of the same one."""
+  # Rows that are looked up are inputs.
+  lookups = [site for site in sites if site.eqn.primitive is primitives.gather_p]
+  inputs = base_roles((lookups or sites)[0]).inputs
+  parts = [_outer_products(site, x, g) for site, (x, g) in zip(sites, unit, strict=True)]
+  # A transposed use of the parameter has its inputs where the others have outputs.
+  return [
+    part if base_roles(site).inputs == inputs else Products(part.g, part.a)
+    for site, part in zip(sites, parts)
+  ]
 
 
 def _by_unit(site: Site, y: jax.Array) -> jax.Array:
