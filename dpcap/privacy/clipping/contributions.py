@@ -45,7 +45,7 @@ def checked_mask(mask: jax.Array | None, batch: PyTree) -> jax.Array:
   return mask
 
 
-def stand_in(batch: PyTree, mask: jax.Array) -> PyTree:
+def _stand_in(batch: PyTree, mask: jax.Array) -> PyTree:
   """The batch with the first example that counts in place of all that do not.
 
   A masked example may hold anything, and a zero weight does not silence a NaN.
@@ -66,7 +66,7 @@ def without_unusable(
 
   def try_once(state):
     result, mask, _ = state
-    out = attempt(stand_in(batch, mask), mask)
+    out = attempt(_stand_in(batch, mask), mask)
     usable = mask & jnp.isfinite(out.norms)
     first = lambda new, old: jnp.where(mask, new, old)
     result = ClippedSum(
