@@ -32,7 +32,7 @@ def replay(
     The loss, and what was recorded by site, with an axis for each scan's iterations.
   """
   inputs = [*params, *jax.tree.leaves(example)]
-  (loss,), records = _replay(uses, at_site, uses.jaxpr.jaxpr, uses.jaxpr.consts, inputs, (), slots)
+  (loss,), records = _replay(uses, at_site, uses.trace.jaxpr, uses.trace.consts, inputs, (), slots)
   return loss, records
 
 

@@ -52,7 +52,7 @@ class Uses(NamedTuple):
   """What `find_uses` knows of a loss.
 
   Attributes:
-    jaxpr: of the loss of one example: flat parameters, then the flat example.
+    trace: of the loss of one example: flat parameters, then the flat example.
     direct: those whose gradient is taken for each example.
     sites: by path.
     groups: the sites of one parameter whose gradients overlap, together: their norms have
@@ -62,7 +62,7 @@ class Uses(NamedTuple):
     remat: whether a site lies in a region that is computed again in the backward pass.
   """
 
-  jaxpr: core.ClosedJaxpr
+  trace: core.ClosedJaxpr
   direct: frozenset[int]
   sites: dict[Path, Site]
   groups: tuple[tuple[Site, ...], ...]
@@ -71,8 +71,8 @@ class Uses(NamedTuple):
   remat: bool
 
 
-def find_uses(jaxpr: core.ClosedJaxpr, params: PyTree, warn: bool = True) -> Uses:
-  """Finds how the trace of a loss, of `tracing.trace_loss`, uses each parameter.
+def find_uses(trace: core.ClosedJaxpr, params: PyTree, warn: bool = True) -> Uses:
+  """Finds how the trace of a loss (by `tracing.trace_loss`) uses each parameter.
 
   Warns once (ClippingFallbackWarning), naming all parameters that fall back, if `warn`.
   """
@@ -85,14 +85,14 @@ def find_uses(jaxpr: core.ClosedJaxpr, params: PyTree, warn: bool = True) -> Use
   while True:
     known = found
     search = _Search(leaves, _Found(set(known.direct), dict(known.fallbacks)))
-    groups = search.run(jaxpr.jaxpr)
+    groups = search.run(trace.jaxpr)
     found = search.found
     if found.direct == known.direct:
       break
   if found.fallbacks and warn:
     _warn(named, found.fallbacks)
   return Uses(
-    jaxpr=jaxpr,
+    trace=trace,
     direct=frozenset(found.direct),
     sites=found.sites,
     groups=groups,
