@@ -56,7 +56,7 @@ lower it and take more time.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -145,6 +145,13 @@ def _of_unit(parts: Sequence[Products | Rows]) -> SquaredNorm:
     of_batch = lambda a, g: _of_tokens(_Tokens(a, None, g, each), weighing)
     # Over an axis of one, XLA would copy what loops read.
     return of_batch(a[0], g[0]) if len(a) == 1 else jax.tree.map(tree_sum, jax.vmap(of_batch)(a, g))
+  return _of_tokens(_with_lookups(products, rows, adding), weighing)
+
+
+def _with_lookups(
+  products: Sequence[Products], rows: Sequence[Rows], adding: Callable[[int], float]
+) -> _Tokens:
+  """The tokens of lookups and, of the same table, of products."""
   row = jnp.concatenate([part.rows for part in rows])
   g = jnp.concatenate([at_least_float32(part.g) for part in rows])
   # Only tokens of the same row are added up.
@@ -152,17 +159,16 @@ def _of_unit(parts: Sequence[Products | Rows]) -> SquaredNorm:
   roundings = unit_roundoff(g.dtype) * counts
   each = (adding(1) + SLACK * roundings / (1 - jnp.minimum(roundings, 0.5))).astype(g.dtype)
   if not products:
-    return _of_tokens(_Tokens(None, row, g, each), weighing)
+    return _Tokens(None, row, g, each)
   a, h = (y[0] for y in outer_products.joined(products))
   beside = lambda y, z: jnp.concatenate([at_least_float32(y), z])
-  tokens = _Tokens(
+  return _Tokens(
     beside(a, jnp.zeros((row.size, a.shape[1]))),
     jnp.concatenate([jnp.full(a.shape[0], _NO_ROW, row.dtype), row]),
     beside(h, g),
     # Twice: `_of_tokens` takes half of it, which holds where all tokens meet as many additions.
     2 * beside(jnp.full(a.shape[0], adding(a.shape[0])), each),
   )
-  return _of_tokens(tokens, weighing)
 
 
 def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
@@ -172,15 +178,15 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
   blocks = -(-count // at_once)
   additions = 1 + tree_depth(at_once * count) + tree_depth(blocks)
   summing = gamma(additions, at_least_float32(tokens.g).dtype)
-  of_rows = functools.partial(_of_rows, tokens=tokens, weighing=weighing, summing=summing)
+  of_some = functools.partial(_of_some, tokens=tokens, weighing=weighing, summing=summing)
   if blocks == 1:
-    sums = of_rows(None)
+    sums = of_some(None)
   else:
     cut = lambda y: jnp.pad(y, [(0, blocks * at_once - count)] + [(0, 0)] * (y.ndim - 1)).reshape(
       blocks, at_once, *y.shape[1:]
     )
     # What fills up the last block has no gradient.
-    sums = jax.vmap(tree_sum, 1)(jax.lax.map(of_rows, jax.tree.map(cut, tokens)))
+    sums = jax.vmap(tree_sum, 1)(jax.lax.map(of_some, jax.tree.map(cut, tokens)))
   value, error, rounding, flushed = sums
   error *= SLACK
   adding = jnp.max(tokens.adding, initial=0.0) / 2 * jnp.sqrt(jnp.maximum(value + error, 0))
@@ -188,15 +194,15 @@ def _of_tokens(tokens: _Tokens, weighing: float) -> SquaredNorm:
   return SquaredNorm(value, error, rounding, SLACK * flushed)
 
 
-def _of_rows(
-  rows: _Tokens | None, *, tokens: _Tokens, weighing: float, summing: float
+def _of_some(
+  some: _Tokens | None, *, tokens: _Tokens, weighing: float, summing: float
 ) -> jax.Array:
-  """What some rows of the Gram matrices add up to, None: all.
+  """What the Gram matrices of some tokens with all add up to; None: of all.
 
   The value and the error of (2), the square of the first norm of (3), and what is flushed: (4,).
   """
-  gram_a, gram_g = _gram_of_inputs(rows, tokens), gram_matrix(rows and rows.g, tokens.g)
-  some = rows or tokens
+  gram_a, gram_g = _gram_of_inputs(some, tokens), gram_matrix(some and some.g, tokens.g)
+  own = some or tokens
   products = gram_a.value * gram_g.value
   error = (
     gram_a.error * (jnp.abs(gram_g.value) + gram_g.error)
@@ -207,48 +213,49 @@ def _of_rows(
   # Half of what is added: the other half is of the sum itself.
   share = lambda tokens: weighing + tokens.adding / 2
   if gram_a.lengths and gram_g.lengths:
-    both = zip((some, tokens), gram_a.lengths, gram_g.lengths, strict=True)
+    both = zip((own, tokens), gram_a.lengths, gram_g.lengths, strict=True)
     rounding = math.prod(tree_sum(share(t) * a * g) for t, a, g in both)
   else:
-    rounding = rough_sum(share(some)[:, None] * share(tokens) * gram_a.size * gram_g.size)
-  flushed = _flushed(rows, tokens, gram_a, gram_g)
+    rounding = rough_sum(share(own)[:, None] * share(tokens) * gram_a.size * gram_g.size)
+  flushed = _flushed(some, tokens, gram_a, gram_g)
   return jnp.stack([tree_sum(products), rough_sum(error), rounding, flushed])
 
 
-def _flushed(rows: _Tokens | None, tokens: _Tokens, gram_a: Gram, gram_g: Gram) -> jax.Array:
-  some = rows or tokens
+def _flushed(some: _Tokens | None, tokens: _Tokens, gram_a: Gram, gram_g: Gram) -> jax.Array:
+  """What is flushed of some tokens, from the lengths of their inputs and output gradients."""
+  own = some or tokens
 
   def lengths(gram: Gram, y: jax.Array | None) -> jax.Array:
     if gram.lengths:
       return gram.lengths[0]
-    if rows is None:
+    if some is None:
       return jnp.sqrt(gram.size.ravel()[:: len(tokens.g) + 1])
-    return jnp.ones(len(some.g)) if y is None else vector_lengths(y) + 1
+    return jnp.ones(len(own.g)) if y is None else vector_lengths(y) + 1
 
   inputs = 1 if tokens.a is None else tokens.a.shape[1]
-  of_g, of_a = lengths(gram_g, some.g), lengths(gram_a, some.a)
+  of_g, of_a = lengths(gram_g, own.g), lengths(gram_a, own.a)
   each = math.sqrt(inputs) * of_g + math.sqrt(tokens.g.shape[1]) * of_a
   return TINY * tree_sum(each.astype(tokens.adding.dtype))
 
 
-def _gram_of_inputs(rows: _Tokens | None, tokens: _Tokens) -> Gram:
-  """Some rows of the inputs' Gram matrix, None: all."""
+def _gram_of_inputs(some: _Tokens | None, tokens: _Tokens) -> Gram:
+  """The inputs' Gram matrix of some tokens with all; None: of all."""
   if tokens.row is None:
-    return gram_matrix(rows and rows.a, tokens.a)
-  some = rows or tokens
-  is_same = (some.row[:, None] == tokens.row) & (some.row[:, None] != _NO_ROW)
+    return gram_matrix(some and some.a, tokens.a)
+  own = some or tokens
+  is_same = (own.row[:, None] == tokens.row) & (own.row[:, None] != _NO_ROW)
   same = is_same.astype(tokens.adding.dtype)
   if tokens.a is None:
     return Gram(same, jnp.zeros_like(same), same)
-  gram = gram_matrix(rows and rows.a, tokens.a)
+  gram = gram_matrix(some and some.a, tokens.a)
   # A product's inputs at the row that a lookup is one-hot in.
   at_row = lambda a, row: jnp.where(row == _NO_ROW, 0, a[:, jnp.maximum(row, 0)])
-  exact = same + at_row(some.a, tokens.row) + at_row(tokens.a, some.row).T
+  exact = same + at_row(own.a, tokens.row) + at_row(tokens.a, own.row).T
   return Gram(gram.value + exact, gram.error, gram.size + jnp.abs(exact))
 
 
 def _row_bytes(tokens: int) -> int:
-  """What a row of all that `_of_rows` holds takes: two values, their parts, sizes, three terms."""
+  """What a row of all that `_of_some` holds takes: two values, their parts, sizes, three terms."""
   return 4 * 8 * tokens
 
 
