@@ -46,7 +46,7 @@ _LONG = {
   'test_blocks',
   'test_captioner',
   'test_classifiers',
-  'test_clipping',
+  'test_clipped_sum',
   'test_command_line',
   'test_compilation_cache',
   'test_computed_once',

@@ -59,16 +59,24 @@ loss of one example is the mean over its views:
 """
 
 from dpcap.privacy.accounting import ACCOUNTANTS
-from dpcap.privacy.clip_functions import CLIP_FUNCTIONS, Automatic, Clip, ClipFunction
 from dpcap.privacy.clipping import (
+  CLIP_FUNCTIONS,
   CLIPPING_STRATEGIES,
+  Automatic,
+  Clip,
+  ClipFunction,
+  ClippedSum,
+  ClippingFallbackWarning,
+  ClippingMismatch,
+  MixedExamplesError,
+  RunningSum,
+  check_clipping,
   choose_strategy,
   clipped_sum,
   plain_sum,
+  running_sum,
+  settled,
 )
-from dpcap.privacy.clipping_check import ClippingMismatch, check_clipping
-from dpcap.privacy.computed_once import settled
-from dpcap.privacy.contributions import ClippedSum
 from dpcap.privacy.digests import digest
 from dpcap.privacy.keys import Keys, KeyStore
 from dpcap.privacy.mechanisms import MECHANISMS
@@ -76,9 +84,6 @@ from dpcap.privacy.plan import PrivacyPlan, calibrate
 from dpcap.privacy.provenance import foreign_statement, is_generated, make_start
 from dpcap.privacy.sampling import SAMPLERS
 from dpcap.privacy.statement import make_statement, statement_text
-from dpcap.privacy.summation import RunningSum, running_sum
-from dpcap.privacy.tracing import MixedExamplesError
-from dpcap.privacy.uses import ClippingFallbackWarning
 
 __all__ = [
   'ACCOUNTANTS',

@@ -17,8 +17,8 @@ from dpcap.models.group_norm import GroupNorm
 from dpcap.models.mlp import MLP
 from dpcap.models.nf_resnet import BottleneckBlock, NFResNet
 from dpcap.models.wide_resnet import WideBlock, WideResNet
-from dpcap.privacy.tracing import trace_loss
-from dpcap.privacy.uses import find_uses
+from dpcap.privacy.clipping.tracing import trace_loss
+from dpcap.privacy.clipping.uses import find_uses
 
 CLASSES = 5
 

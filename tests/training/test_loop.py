@@ -726,8 +726,8 @@ def _refused(config, workdir, *parts):
 
 
 def test_the_strategy_is_checked_before_anything_is_released(tmp_path, monkeypatch):
-  def halved(*args):
-    result = clipping.CLIPPING_STRATEGIES['vmap'](*args)
+  def halved(problem):
+    result = clipping.CLIPPING_STRATEGIES['vmap'](problem)
     return result._replace(norms=result.norms / 2)
 
   monkeypatch.setitem(clipping.CLIPPING_STRATEGIES, 'bookkeeping', halved)
