@@ -7,6 +7,10 @@ import atexit
 import os
 import sys
 
+# Exit status of a run that was asked to stop: what shells report for SIGTERM.
+STOPPED = 143
+# Of a process that lost another one of its run: start all again.
+LOST = 75
 # What shells report for SIGINT and SIGPIPE.
 _INTERRUPTED, _NOBODY_READS = 130, 141
 

@@ -5,7 +5,7 @@
 The same command resumes a run that was stopped or killed.
 """
 
-import dpcap.ending  # noqa: F401, I001  before what takes long
+import dpcap.ending  # noqa: I001  before what takes long
 
 import pathlib
 import sys
@@ -29,7 +29,7 @@ def main() -> None:
   processes.initialize()
   keep_compiled_programs()
   if loop.train(config, pathlib.Path(_WORKDIR.value)) is None:
-    sys.exit(loop.STOPPED)
+    sys.exit(dpcap.ending.STOPPED)
 
 
 if __name__ == '__main__':

@@ -25,11 +25,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from dpcap.ending import LOST, STOPPED
 from dpcap.errors import UserError
 
-# What loop.STOPPED and processes.LOST say: their modules take seconds to import.
-_STOPPED, _LOST = 143, 75
-_WORTH_A_RESTART = (_STOPPED, _LOST, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT)
+_WORTH_A_RESTART = (STOPPED, LOST, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT)
 
 # The others notice a death within processes.HEARTBEAT_SECONDS, except while they still wait
 # for each other to start.
@@ -229,7 +228,7 @@ def keep_running(
     end = time.monotonic() + pause
     while time.monotonic() < end:
       if requests:
-        return _STOPPED
+        return STOPPED
       time.sleep(0.05)
 
 

@@ -17,12 +17,10 @@ from typing import Any
 import ml_collections
 
 from dpcap import config as config_lib
+from dpcap.ending import STOPPED
 from dpcap.training.workdir import publish_statement
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-
-# Exit status of who was asked to stop: what shells report for SIGTERM.
-STOPPED = 143
 
 
 class Runs:

@@ -7,7 +7,6 @@ import itertools
 import math
 import pathlib
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -31,13 +30,10 @@ from dpcap.training.initialization import start_from
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.optimizer import make_optimizer, make_schedule
 from dpcap.training.ownership import check_workdir, lock, secrets_directory
-from dpcap.training.progress import Progress, doing
+from dpcap.training.progress import Progress, doing, plan_line
 from dpcap.training.step import TrainState, example_loss, init_state, make_step
+from dpcap.training.stop_requests import stop_requests
 from dpcap.training.workdir import check_length, publish_statement, read_statement, write_whole
-
-# Exit status of a run that was asked to stop: what shells report for SIGTERM.
-STOPPED = 143
-
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainState | None:
   """Trains, or goes on training, the run of `config` in `workdir`.
@@ -66,11 +62,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainStat
     make_plan = lambda: dataclasses.asdict(build.make_plan(config, len(source)))
     plan = privacy.PrivacyPlan(**processes.from_main(make_plan))
   if main:
-    _say_plan(plan)
+    print(plan_line(plan), file=sys.stderr)
   try:
     with (
       processes.end_together(),
-      _stop_requests() as stop,
+      stop_requests() as stop,
       lock(workdir),
       _Run(config, workdir, source, plan) as run,
     ):
@@ -505,49 +501,3 @@ class _Run:
   def _warn(self, line: str) -> None:
     where = '' if processes.is_main() else f'process {jax.process_index()}: '
     self._progress.say(f'warning: {where}{line}')
-
-
-def _say_plan(plan: privacy.PrivacyPlan) -> None:
-  run = plan.simulated
-  if plan.private:
-    guarantee = f'{_epsilon_text(plan)}, clip norm {plan.clip_norm:g}'
-  elif run:
-    guarantee = (
-      f'noise multiplier {plan.noise_multiplier:.4g}: NO privacy, a simulation of batch'
-      f' {run.expected_batch_size:,} ({_epsilon_text(run)})'
-    )
-  else:
-    guarantee = 'epsilon infinity: NO privacy'
-  print(
-    f'N {plan.dataset_size:,}  batch {plan.expected_batch_size:,}  q'
-    f' {plan.sampling_probability:.3g}  steps {plan.steps:,}'
-    f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}',
-    file=sys.stderr,
-  )
-
-
-def _epsilon_text(plan: privacy.PrivacyPlan) -> str:
-  return (
-    f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
-    f' noise multiplier {plan.noise_multiplier:.4f}'
-  )
-
-
-@contextlib.contextmanager
-def _stop_requests():
-  """A list that SIGTERM and SIGINT fill; a second SIGINT interrupts at once."""
-  requests = []
-
-  def request(number, frame):
-    if requests and number == signal.SIGINT:
-      signal.default_int_handler(number, frame)
-    requests.append(number)
-
-  # Where JAX passes SIGTERM on to all processes, it has its own handler.
-  numbers = [signal.SIGINT, *([] if processes.notices_are_passed_on() else [signal.SIGTERM])]
-  before = {number: signal.signal(number, request) for number in numbers}
-  try:
-    yield requests
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

@@ -24,10 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from dpcap.ending import LOST
 from dpcap.errors import UserError
-
-# Exit status of a process that lost another one: start all again.
-LOST = 75
 
 # The others of a process that dies know of it after this time at most.
 HEARTBEAT_SECONDS = 30

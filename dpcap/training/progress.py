@@ -8,6 +8,8 @@ import time
 from rich import progress
 from rich.console import Console
 
+from dpcap import privacy
+
 # Between lines where there is no terminal to draw a bar on.
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -126,3 +128,29 @@ class Progress:
       steps=f'{int(self._done)}/{self._steps}',
       **self._fields,
     )
+
+
+def plan_line(plan: privacy.PrivacyPlan) -> str:
+  """What a run is about to do, and what it will guarantee."""
+  run = plan.simulated
+  if plan.private:
+    guarantee = f'{_epsilon_text(plan)}, clip norm {plan.clip_norm:g}'
+  elif run:
+    guarantee = (
+      f'noise multiplier {plan.noise_multiplier:.4g}: NO privacy, a simulation of batch'
+      f' {run.expected_batch_size:,} ({_epsilon_text(run)})'
+    )
+  else:
+    guarantee = 'epsilon infinity: NO privacy'
+  return (
+    f'N {plan.dataset_size:,}  batch {plan.expected_batch_size:,}  q'
+    f' {plan.sampling_probability:.3g}  steps {plan.steps:,}'
+    f' ({plan.steps * plan.sampling_probability:.1f} epochs)  {guarantee}'
+  )
+
+
+def _epsilon_text(plan: privacy.PrivacyPlan) -> str:
+  return (
+    f'epsilon {plan.epsilon():.3f} ({plan.accountant.upper()}), delta {plan.delta:.3g},'
+    f' noise multiplier {plan.noise_multiplier:.4f}'
+  )

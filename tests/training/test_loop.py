@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dpcap import data
+from dpcap.ending import STOPPED
 from dpcap.errors import UserError
 from dpcap.privacy import clipping
 from dpcap.training import build, loop
@@ -136,7 +137,7 @@ def test_sigterm_saves_first_and_resumes_to_the_same_bits(program, tmp_path, ref
   for pid in [process.pid, *_children(process.pid)]:
     os.kill(pid, signal.SIGTERM)
   output = process.communicate()[1]
-  assert process.returncode == loop.STOPPED, output
+  assert process.returncode == STOPPED, output
   assert re.search(r'stopped after \d+ steps, saved', output)
   saved = [int(p.name) for p in (workdir / 'checkpoints').iterdir()]
   assert len(saved) == 1 and 3 <= saved[0] < _LONG

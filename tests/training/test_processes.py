@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpcap.ending import LOST, STOPPED
 from dpcap.errors import UserError
 from dpcap.training import loop, processes
 from dpcap.training.checkpoints import Checkpoints
@@ -75,7 +76,7 @@ def test_two_processes_stopped_and_killed_compute_what_one_does(program, tmp_pat
   _wait_for(workdir / 'config.json', 1, running)
   running[1].send_signal(signal.SIGTERM)
   errors = [p.communicate(timeout=60)[1] for p in running]
-  assert [p.returncode for p in running] == [loop.STOPPED] * 2, errors
+  assert [p.returncode for p in running] == [STOPPED] * 2, errors
   assert 'saved; the same command goes on' in errors[0]
 
   # The death of one ends the other, within a bounded time.
@@ -84,7 +85,7 @@ def test_two_processes_stopped_and_killed_compute_what_one_does(program, tmp_pat
   running[1].kill()
   error = running[0].communicate(timeout=3 * processes.HEARTBEAT_SECONDS)[1]
   # It may be JAX's own thread that notices, and ends the process.
-  assert running[0].returncode in (processes.LOST, -signal.SIGABRT), error
+  assert running[0].returncode in (LOST, -signal.SIGABRT), error
   assert 'lost another process of this run' in error or 'another task died' in error
 
   running = _start(program, workdir)
