@@ -1,7 +1,7 @@
 """An entry of a config: its type, its default and what is allowed.
 
-Every part that a config can name (a model, a source, an evaluator) says its own keys in its own
-file, as a dict KEYS; dpcap/schema.py collects them.
+A model says its own keys in its class, as a dict KEYS, which dpcap/schema.py collects; all others
+stand there.
 """
 
 import dataclasses
