@@ -477,6 +477,18 @@ def test_a_simulated_run_s_epsilon_is_named_as_such(tmp_path):
   assert 'of the simulated run 7.337 epsilon by PLD' in ' '.join(text.split())
 
 
+def test_a_start_counts(tmp_path):
+  init = {'covered': False, 'composed': None}
+  uncovered = {'private': False, 'private_given_init': True, 'init': init}
+  text = ' '.join(plain(public(tmp_path, statement=uncovered, metrics=METRICS)).split())
+  assert 'NO PRIVACY' in text and '∞' in text and 'given its start 7.988 epsilon by PLD' in text
+  init = {'covered': True, 'composed': {'epsilon': {'pld': 9.5, 'rdp': None}, 'delta': 2e-6}}
+  covered = {'private_given_init': True, 'init': init}
+  text = ' '.join(plain(public(tmp_path, statement=covered)).split())
+  assert 'differentially private' in text
+  assert 'with its start, delta 2e-06 9.500 epsilon by PLD' in text
+
+
 def test_epsilon_without_a_bound(tmp_path):
   run = read_run(write_run(tmp_path, statement={'epsilon': {'pld': None, 'rdp': 3.0}}))
   assert 'no finite bound' in plain(page.make_pages(run)['report.html'])

@@ -260,7 +260,9 @@ def test_other_models_go_the_same_way(model, unit, evaluator, tmp_path, capfd):
   assert all(np.isfinite(p).all() for p in jax.tree.leaves(state.average))
   statement = json.loads((tmp_path / 'run/privacy.json').read_text())
   assert statement['unit'] == f'one {unit}'
-  assert ('vocabulary' in ' '.join(statement['not_covered'])) is False
+  not_covered = ' '.join(statement['not_covered'])
+  assert 'vocabulary' not in not_covered
+  assert ('the list of classes' in not_covered) == ('label' in unit)
   result = _results(tmp_path / 'run')['step_2/result.json']
   assert 0 <= result['value'] <= 1 and result['n'] > 10
   assert result['options'].get('layers') == evaluator.get('layers')

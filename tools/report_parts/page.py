@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 import string
+from collections.abc import Iterator
 from html import escape
 from typing import Any
 
@@ -143,9 +144,10 @@ def _privacy(s: dict[str, Any]) -> dict[str, str]:
         tiles.append(('epsilon', f'{value:,.3f}', note))
   else:
     tiles.append(('epsilon', '∞', 'no guarantee'))
-  for name, value in (s.get('simulates') or {'epsilon': {}})['epsilon'].items():
-    if value is not None:
-      tiles.append(('of the simulated run', f'{value:,.3f}', f'epsilon by {name.upper()}'))
+  for label, bounds in _other_bounds(s):
+    for name, value in bounds.items():
+      if value is not None:
+        tiles.append((label, f'{value:,.3f}', f'epsilon by {name.upper()}'))
   mantissa, exponent = f'{s["delta"]:.2e}'.split('e')
   delta = f'{float(mantissa):g} × 10<sup>{int(exponent)}</sup>'.replace('-', '−')
   tiles.append(('delta', delta, '1 / N' if math.isclose(s['delta'] * s['dataset_size'], 1) else ''))
@@ -161,6 +163,17 @@ def _privacy(s: dict[str, Any]) -> dict[str, str]:
     'statement': escape(s['text']),
     'not_covered': ''.join(f'<li>{escape(item)}</li>' for item in s['not_covered']),
   }
+
+
+def _other_bounds(s: dict[str, Any]) -> Iterator[tuple[str, dict[str, float | None]]]:
+  """Whose they are, and by accountant."""
+  if s.get('simulates'):
+    yield 'of the simulated run', s['simulates']['epsilon']
+  composed = (s.get('init') or {}).get('composed')
+  if not s['private'] and s.get('private_given_init'):
+    yield 'given its start', s['epsilon']
+  elif s['private'] and composed and composed['epsilon'] != s['epsilon']:
+    yield f'with its start, delta {composed["delta"]:.3g}', composed['epsilon']
 
 
 def _training(run: Run) -> str:
