@@ -207,6 +207,7 @@ def test_generated_data_without_noise_are_said_to_be_nobodys():
 
 
 def test_weights_from_elsewhere_say_what_is_claimed_as_claimed():
+  assert FOREIGN['private'] is False and set(FOREIGN['epsilon'].values()) == {None}
   assert 'Claimed' not in FOREIGN['text'] and 'ab12' in FOREIGN['text']
   text = privacy.foreign_statement('x.pth', 'ff', 'epsilon about 7')['text']
   assert 'Claimed, not proven, by who published a file of this name: epsilon about 7.' in text
