@@ -6,7 +6,7 @@ from typing import Any
 
 from dpcap.privacy import accounting, clipping
 from dpcap.privacy.plan import PrivacyPlan
-from dpcap.privacy.provenance import describe_start
+from dpcap.privacy.provenance import describe_start, is_generated
 
 _ADJACENCY = 'zero-out: one {} replaced by nothing, N and q fixed and public'
 
@@ -191,7 +191,7 @@ def statement_text(statement: dict) -> str:
       of_nobody = f" Its data are generated ({s['data']['source']}): nothing in them is private."
     return f'This model has NO privacy guarantee: {reason}.{of_nobody}{start}'
   model, it, on = 'This model', 'It', ''
-  if s['init'] and s['init']['composed'] != {'epsilon': s['epsilon'], 'delta': s['delta']}:
+  if s['init'] and not is_generated(s['init']['statement']):
     model = 'Given the weights that it started from, this model'
     it, on = 'Given them, it', ' on its run alone'
   if not s['private']:

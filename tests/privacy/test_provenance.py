@@ -54,7 +54,9 @@ def test_generated_data_spend_nothing():
   assert 'runs/first/checkpoints/5 (encoder), trained on generated data alone' in made['text']
   assert '(textures): nothing private' in made['text']
   assert made['private'] and 'what the start was trained on' not in made['not_covered']
-  assert made['text'].startswith('This model is (epsilon, delta)-')
+  for data in (FILES, TEXTURES):
+    text = statement(data, start=statement(TEXTURES))['text']
+    assert text.startswith('This model is (epsilon, delta)-') and 'run alone' not in text
   assert provenance.is_generated(statement(TEXTURES, start=statement(TEXTURES)))
 
 
@@ -119,7 +121,8 @@ def test_what_is_not_known_is_not_covered(start, named, private):
 def test_what_lacks_a_guarantee_is_named_and_no_run_that_has_one():
   made = statement(start=statement(start=FOREIGN))
   assert 'without a guarantee' not in made['text']
-  made = statement(start=statement({'source': 'tfds', 'generated': False}, start=FOREIGN, fixed_seed=True))
+  of_tfds = {'source': 'tfds', 'generated': False}
+  made = statement(start=statement(of_tfds, start=FOREIGN, fixed_seed=True))
   assert 'a run on tfds without a guarantee; file base.pth' in made['text']
 
 

@@ -75,7 +75,7 @@ def _slots(run: Run) -> dict[str, str]:
     'title': f'{_name(run)} on {run.config.data.source.name}',
     'guarantee': _guarantee_badge(run),
     'lead': _what_was_trained(run),
-    **_privacy(run.statement),
+    **_privacy(run),
     'results': results.section(run),
     'training': _training(run),
     'captions': ''.join(
@@ -133,8 +133,8 @@ def _model(config: ml_collections.ConfigDict) -> str:
   return f'{about} of {count:,} parameters'
 
 
-def _privacy(s: dict[str, Any]) -> dict[str, str]:
-  tiles = []
+def _privacy(run: Run) -> dict[str, str]:
+  s, tiles = run.statement, []
   if s['private']:
     for name, value in sorted(s['epsilon'].items(), key=lambda item: item[0] != s['accountant']):
       note = f'by {name.upper()}' + (", the run's accountant" if name == s['accountant'] else '')
@@ -144,7 +144,7 @@ def _privacy(s: dict[str, Any]) -> dict[str, str]:
         tiles.append(('epsilon', f'{value:,.3f}', note))
   else:
     tiles.append(('epsilon', '∞', 'no guarantee'))
-  for label, bounds in _other_bounds(s):
+  for label, bounds in _other_bounds(run):
     for name, value in bounds.items():
       if value is not None:
         tiles.append((label, f'{value:,.3f}', f'epsilon by {name.upper()}'))
@@ -165,14 +165,14 @@ def _privacy(s: dict[str, Any]) -> dict[str, str]:
   }
 
 
-def _other_bounds(s: dict[str, Any]) -> Iterator[tuple[str, dict[str, float | None]]]:
+def _other_bounds(run: Run) -> Iterator[tuple[str, dict[str, float | None]]]:
   """Whose they are, and by accountant."""
+  s, composed = run.statement, run.with_start
   if s.get('simulates'):
     yield 'of the simulated run', s['simulates']['epsilon']
-  composed = (s.get('init') or {}).get('composed')
-  if not s['private'] and s.get('private_given_init'):
+  if s.get('private_given_init') and not s['private']:
     yield 'given its start', s['epsilon']
-  elif s['private'] and composed and composed['epsilon'] != s['epsilon']:
+  if s['private'] and composed:
     yield f'with its start, delta {composed["delta"]:.3g}', composed['epsilon']
 
 
