@@ -68,11 +68,17 @@ class Runs:
     """Adds a command to `commands`, whether it is still to be started or not."""
     self.commands.append(shlex.join(command).replace(str(self._workdir), self._given))
 
-  def start(self, what: str, command: Sequence[str]) -> str | None:
+  def start(self, what: str, command: Sequence[str], private: bool = False) -> str | None:
     """Runs a command with its output shown; 'python' is the one that runs this.
 
+    Args:
+      what: it is, for people.
+      command: with its arguments.
+      private: whether its output may tell of private data.
+
     Returns:
-      Why it failed, None if it did not.
+      Why it failed, for files that may be published: with the last line of the output, unless that
+      is private. None if it did not.
 
     Raises:
       SystemExit: with status 143, if it was stopped; what is done is kept.
@@ -92,7 +98,8 @@ class Runs:
       say('stopped; the same command goes on')
       sys.exit(STOPPED)
     if self._child.returncode:
-      return f'{what} ended with status {self._child.returncode}: {last}'
+      failed = f'{what} ended with status {self._child.returncode}'
+      return failed if private else f'{failed}: {last}'
     return None
 
   def _stop(self, number, frame):

@@ -8,12 +8,13 @@ released and what its start had released are both in the model:
 | --- | --- |
 | generated data alone | nothing: there is no person in them |
 | private data, with a guarantee | for who is in both data sets, epsilons and deltas add up |
-| private data without a guarantee, or nobody knows | the run's guarantee does not cover it |
+| private data without a guarantee, or nobody knows | the model has none; its run's is given it |
 
 That they add up is basic composition, which also holds where the second run sees the first one's
 result (Dwork and Roth 2014, theorem 3.16 and appendix B).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ class Spent(NamedTuple):
   epsilon: dict[str, float | None]
   delta: float
 
+
+_NOT_RECORDED = 'data that are not recorded'
 
 NOTHING = Spent({name: 0.0 for name in ACCOUNTANTS}, 0.0)
 
@@ -81,7 +84,7 @@ def describe_start(start: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
 
   Args:
     start: of `make_start`, or an earlier entry.
-    own: the run's statement without it: 'private', 'data', 'epsilon', 'delta'.
+    own: the run's statement without it: 'private_given_init', 'data', 'epsilon', 'delta'.
 
   Returns:
     `start` with 'covered' (whether all of it is known to have a guarantee, or to need none),
@@ -94,9 +97,9 @@ def describe_start(start: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
   text = f'The run started from {start["path"]}{taken}'
   if behind is None:
     missing = '; '.join(dict.fromkeys(_uncovered(start['statement'])))
-    text += f'. What stands behind that is not covered: {missing}.'
+    text += f'. What stands behind that is not covered: {missing or "weights without a record"}.'
   elif behind == NOTHING:
-    sources = ', '.join(dict.fromkeys(_sources(start['statement'])))
+    sources = ', '.join(dict.fromkeys(map(_source, _chain(start['statement']))))
     text += f', trained on generated data alone ({sources}): nothing private.'
   else:
     text += f', trained on private data with {_guarantee(behind)}.'
@@ -107,6 +110,8 @@ def describe_start(start: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
         ' For who is in the data of both, guarantees add up (basic composition): together'
         f' {_guarantee(total)}.'
       )
+    elif _own(own) is not None:
+      text += ' For who is in the data of both no bound is known.'
   return {
     'path': start['path'],
     'parts': list(start['parts']),
@@ -135,7 +140,9 @@ def is_generated(statement: Mapping[str, Any]) -> bool:
 def _own(statement: Mapping[str, Any]) -> Spent | None:
   if (statement.get('data') or {}).get('generated') is True:
     return NOTHING
-  if not statement['private']:
+  # One of an older version says it of the run alone.
+  of_run = 'private_given_init' if 'private_given_init' in statement else 'private'
+  if not statement[of_run]:
     return None
   epsilon = {name: statement['epsilon'].get(name) for name in ACCOUNTANTS}
   return _known(Spent(epsilon, statement['delta']))
@@ -150,7 +157,10 @@ def _add(a: Spent | None, b: Spent | None) -> Spent | None:
 
 
 def _known(total: Spent) -> Spent | None:
-  return total if any(value is not None for value in total.epsilon.values()) else None
+  """None for what bounds nothing, as any epsilon does with a delta of 1."""
+  bounds = [value for value in total.epsilon.values() if value is not None]
+  sound = all(0 <= value < math.inf for value in bounds) and 0 <= total.delta < 1
+  return total if bounds and sound else None
 
 
 def _guarantee(total: Spent) -> str:
@@ -164,7 +174,8 @@ def _chain(statement: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
   """A statement, that of its start, and so on."""
   while isinstance(statement, Mapping):
     yield statement
-    statement = (statement.get('init') or {}).get('statement')
+    init = statement.get('init')
+    statement = init.get('statement') if isinstance(init, Mapping) else None
 
 
 def _uncovered(statement: Mapping[str, Any]) -> Iterator[str]:
@@ -174,10 +185,9 @@ def _uncovered(statement: Mapping[str, Any]) -> Iterator[str]:
     if origin:
       yield f'file {origin["file"]} (SHA-256 {origin["sha256"]}), of unknown training'
     elif spent({**link, 'init': None}) is None:
-      data = link.get('data') or {}
-      yield f'a run on {data.get("source", "data that are not recorded")} without a guarantee'
+      yield f'a run on {_source(link)} without a guarantee'
 
 
-def _sources(statement: Mapping[str, Any]) -> Iterator[str]:
-  for link in _chain(statement):
-    yield (link.get('data') or {}).get('source', 'not recorded')
+def _source(statement: Mapping[str, Any]) -> str:
+  data = statement.get('data')
+  return data['source'] if isinstance(data, Mapping) and 'source' in data else _NOT_RECORDED

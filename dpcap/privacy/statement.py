@@ -6,7 +6,7 @@ from typing import Any
 
 from dpcap.privacy import accounting, clipping
 from dpcap.privacy.plan import PrivacyPlan
-from dpcap.privacy.provenance import describe_start
+from dpcap.privacy.provenance import describe_start, is_generated
 
 _ADJACENCY = 'zero-out: one {} replaced by nothing, N and q fixed and public'
 
@@ -70,15 +70,27 @@ def make_statement(
     start: the weights that the run started from (`provenance.make_start`); None: none.
 
   Returns:
-    A dict whose 'epsilon' maps each accountant to its bound (None: no finite bound, or
-    the event is not covered), whose 'attack_tpr' maps false-positive rates to the most that an
-    attack's true-positive rate can be, whose 'gdp_mu' is the mu of Gaussian differential
-    privacy (None for either: none is known), whose 'simulates' holds the figures of the run that
-    this is a simulation of (None: of none), and whose 'text' says the same for people.
+    A dict whose 'private' says whether the model has a guarantee: one of its run, given what that
+    started from ('private_given_init'), and one of all that stands behind the start. Its 'epsilon'
+    maps each accountant to the run's bound (None: no finite bound, or the event is not covered;
+    'init' has the sum with the start's), its 'attack_tpr' maps false-positive rates to the most
+    that the true-positive rate of an attack on the run can be, its 'gdp_mu' is the run's mu of
+    Gaussian differential privacy (None for either: none is known), its 'simulates' holds the
+    figures of the run that this is a simulation of (None: of none), and its 'text' says the same
+    for people.
   """
   if releases < steps:
     raise ValueError(f'releases is {releases}; it must be at least the steps, {steps}')
-  private = plan.private and not fixed_seed and math.isfinite(plan.epsilon(releases))
+  own = {
+    'private_given_init': (
+      plan.private and not fixed_seed and math.isfinite(plan.epsilon(releases))
+    ),
+    'data': None if data is None else dict(data),
+    'epsilon': _bounds(plan, releases),
+    'delta': plan.delta,
+  }
+  init = None if start is None else describe_start(start, own)
+  private = own['private_given_init'] and (init is None or init['composed'] is not None)
   statement = {
     'private': private,
     'simulates': _simulated_figures(plan, releases),
@@ -95,14 +107,12 @@ def make_statement(
     'clipping': clipping_strategy,
     'clip_function': clip_function if plan.noisy else None,
     'sensitivity_rounding_margin': clipping.ROUNDING_MARGIN,
-    'data': None if data is None else dict(data),
-    'init': None,
+    'init': init,
     'steps': steps,
     'releases': releases,
-    'delta': plan.delta,
+    **own,
     'delta_allows': delta_allows(plan.delta, plan.dataset_size),
     'accountant': plan.accountant,
-    'epsilon': _bounds(plan, releases),
     **attack_figures(plan, releases if private else None),
     'key_policy': _SEED if fixed_seed else _ENTROPY if keys_are_stored else _FORGOTTEN,
     'not_covered': [
@@ -110,12 +120,9 @@ def make_statement(
       'hyper-parameters, if they were tuned on the private data',
       'the float32 resolution of sums and noise: rounding, and no noise past 5.4 deviations',
       'other runs on the same data: guarantees of several runs add up',
+      *([] if init is None or init['covered'] else ['what the start was trained on']),
     ],
   }
-  if start is not None:
-    statement['init'] = init = describe_start(start, statement)
-    if not init['covered']:
-      statement['not_covered'].append('what the start was trained on')
   statement['text'] = statement_text(statement)
   return statement
 
@@ -170,7 +177,7 @@ def statement_text(statement: dict) -> str:
   """The statement in sentences."""
   s = statement
   start = f' {s["init"]["text"]}' if s['init'] else ''
-  if not s['private']:
+  if not s['private_given_init']:
     if not s['noise_multiplier']:
       reason = 'no noise was added'
     elif s['simulates']:
@@ -183,6 +190,12 @@ def statement_text(statement: dict) -> str:
     if s['data'] and s['data']['generated']:
       of_nobody = f" Its data are generated ({s['data']['source']}): nothing in them is private."
     return f'This model has NO privacy guarantee: {reason}.{of_nobody}{start}'
+  model, it, on = 'This model', 'It', ''
+  if s['init'] and not is_generated(s['init']['statement']):
+    model = 'Given the weights that it started from, this model'
+    it, on = 'Given them, it', ' on its run alone'
+  if not s['private']:
+    model = f'This model has NO privacy guarantee: {_start_text(s["init"])}. {model}'
   bounds = _bounds_text(s['epsilon'])
   at_most, mu = s['truncated_batch_size'], s['gdp_mu']
   found = ', '.join(
@@ -190,12 +203,13 @@ def statement_text(statement: dict) -> str:
     for rate, tpr in s['attack_tpr'].items()
     if tpr is not None
   )
+  attacks = f' No attack{on} tells that an example was there with a probability above {found}.'
   return (
-    f'This model is (epsilon, delta)-differentially private with epsilon = {bounds},'
+    f'{model} is (epsilon, delta)-differentially private with epsilon = {bounds},'
     f' delta = {s["delta"]:.3g}.'
     f'{" Caution: " + s["delta_allows"] + "." if s["delta_allows"] else ""}'
-    f'{f" It is {_four_digits_up(mu)}-Gaussian differentially private." if mu is not None else ""}'
-    f'{found and f" No attack tells that an example was there with a probability above {found}."}'
+    f'{"" if mu is None else f" {it} is {_four_digits_up(mu)}-Gaussian differentially private."}'
+    f'{attacks if found else ""}'
     f' Unit: {s["unit"]}; adjacency: {s["adjacency"]}.'
     f' Mechanism: {s["mechanism"]}, of standard deviation {s["noise_multiplier"]:.4f} x C,'
     f' C = {s["clip_norm"]:g}. Sampler: {s["sampler"]}, q = {s["expected_batch_size"]:,} /'
@@ -204,6 +218,12 @@ def statement_text(statement: dict) -> str:
     f' released ({s["steps"]:,} steps). Keys: {s["key_policy"]}.'
     f' Not covered: {"; ".join(s["not_covered"])}.{start}'
   )
+
+
+def _start_text(init: Mapping[str, Any]) -> str:
+  if init['covered']:
+    return 'no bound is known of its run together with what it started from'
+  return 'what it started from has none that is known'
 
 
 def _bounds_text(bounds: dict[str, float | None]) -> str:

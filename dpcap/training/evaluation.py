@@ -132,9 +132,9 @@ def _write(path: pathlib.Path, name: str, result: evals.Result, about: dict[str,
   record = _finite({**head, **result.details, **head})
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
-    if about['uses_training_data']:
-      path.chmod(0o600)  # its name does not say that it may hold captions of the training data
+    text = json.dumps(record, indent=2, allow_nan=False) + '\n'
+    # Its name does not say that it may hold captions of the training data.
+    write_whole(path, text, private=about['uses_training_data'])
   except OSError as e:
     raise UserError(f'{path}: cannot be written ({e.strerror})') from e
 

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dpcap import models, privacy
 from dpcap.errors import UserError
 from dpcap.models import official
+from dpcap.training import processes
 from dpcap.training.checkpoints import read_model
 from dpcap.training.step import TrainState
 from dpcap.training.workdir import find_checkpoint, read_statement
@@ -110,7 +111,8 @@ def read_weights(path: str) -> Weights:
       read = official.read_official(path)
       statement = privacy.foreign_statement(read.name, read.sha256, read.claims)
       return Weights(path, _flat(read.variables), statement)
-    checkpoint = find_checkpoint(pathlib.Path(path))
+    # One that goes on meanwhile may have a newer one for the next process that looks.
+    checkpoint = pathlib.Path(processes.from_main(lambda: str(find_checkpoint(pathlib.Path(path)))))
     variables = models.unstack_blocks(read_model(checkpoint))
     return Weights(str(checkpoint), _flat(variables), read_statement(checkpoint))
   except UserError as e:

@@ -433,6 +433,10 @@ class _Run:
       not_covered = [
         f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})'
       ]
+    if 'label' in fields:
+      not_covered += [
+        'the list of classes and its order, if it was made from the labels of the private data'
+      ]
     return privacy.make_statement(
       self._plan,
       steps=self.done,

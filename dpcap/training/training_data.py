@@ -87,11 +87,24 @@ class TrainingData:
 
   def _compare(self, contents: data.Contents) -> data.Relation:
     try:
-      kinds = data.compare_kinds(self._config['source']['name'], contents.kind)
+      kinds = data.compare_kinds(self._kind, contents.kind)
       return data.compare(self._contents, contents) if kinds is None else kinds
     # A config of another version may hold anything.
     except (UserError, OSError, ValueError, LookupError, TypeError) as e:
       return data.Relation(None, f'the training data of {self._checkpoint} cannot be seen ({e})')
+
+  @property
+  def _kind(self) -> str:
+    """Of the source, by config and statement: a path may lead to a run that is another by now."""
+    if isinstance(self._statement, UserError):
+      raise self._statement
+    if 'origin' in self._statement:
+      raise UserError('weights from elsewhere, of unknown training')
+    kind = self._config['source']['name']
+    recorded = (self._statement.get('data') or {}).get('source', kind)
+    if recorded != kind:
+      raise UserError(f'{kind} are there, it was trained on {recorded}')
+    return kind
 
   @functools.cached_property
   def _config(self) -> dict:
@@ -101,8 +114,6 @@ class TrainingData:
   @functools.cached_property
   def _contents(self) -> data.Contents:
     source = data.make_source(image_size=self._config['image_size'], **self._config['source'])
-    if isinstance(self._statement, UserError):
-      raise self._statement
     if len(source) != self._statement['dataset_size']:
       raise UserError(
         f'{len(source)} records are there, it was trained on {self._statement["dataset_size"]}'

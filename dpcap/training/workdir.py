@@ -114,13 +114,16 @@ def open_to_append(path: pathlib.Path) -> TextIO:
   return open(path, 'a', opener=lambda name, flags: os.open(name, flags, _mode(path)))
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that it is never seen half written, nor by others if it is private."""
+def write_whole(path: pathlib.Path, text: str, private: bool = False) -> None:
+  """Writes a file so that it is never seen half written, nor by others if it is private.
+
+  It is if its name says so, or `private`.
+  """
   # Not of one name: programs that look at a run write beside it.
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   # One that a crash left may be open to others.
   temporary.unlink(missing_ok=True)
-  descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _mode(path))
+  descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _mode(path, private))
   with open(descriptor, 'w', encoding='utf-8') as file:
     file.write(text)
   temporary.replace(path)
@@ -136,5 +139,5 @@ def owner_only() -> Iterator[None]:
     os.umask(before)
 
 
-def _mode(path: pathlib.Path) -> int:
-  return 0o600 if is_private(path) else 0o666  # less the umask
+def _mode(path: pathlib.Path, private: bool = False) -> int:
+  return 0o600 if private or is_private(path) else 0o666  # less the umask

@@ -46,6 +46,22 @@ def test_a_record_is_bad_by_what_is_asked_of_it():
     _transform(fields=('image', 'key'))(Record(image=b'x', caption='a', label=0), _rng())
 
 
+def test_a_record_that_is_bad_in_some_views_is_bad():
+  """One of its captions is blank, and only some views draw that one."""
+  record, rng = _record(caption=['a dog', ' ']), _rng()
+  assert 0 < sum(_is_bad(record, rng) for _ in range(30)) < 30
+  with pytest.raises(BadRecord, match='empty caption'):
+    _transform(views=30)(record, _rng())
+
+
+def _is_bad(record, rng):
+  try:
+    _transform()(record, rng)
+  except BadRecord:
+    return True
+  return False
+
+
 def test_the_unit_is_what_a_record_is_to_the_model():
   named = {('image', 'tokens'): 'image-text pair', ('image', 'label'): 'labelled image'}
   assert all(data.unit(fields) == name for fields, name in named.items())

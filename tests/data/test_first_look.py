@@ -60,3 +60,11 @@ def test_the_commonest_reasons_are_told():
   assert (look.looked_at, look.usable) == (50, 29)
   assert look.reasons[0] == 'no caption (10)' and look.reasons[2] == 'json member is damaged (4)'
   assert look.reasons[1].startswith('not an image of a known format') and '(6)' in look.reasons[1]
+
+
+def test_labels_are_looked_at_where_they_are_asked_for():
+  labelled = Made(6, lambda i: Record(image=png(), caption=None, label=i // 4))
+  assert look_at(labelled, ('image', 'label')) == FirstLook(6, 6, ())
+  without = Made(6, lambda i: record())
+  assert look_at(without, ('image', 'label')) == FirstLook(6, 0, ('no label (6)',))
+  assert look_at(without, ('image', 'key')) == FirstLook(6, 6, ())

@@ -136,6 +136,36 @@ def test_bad_records_count_as_drawn_are_masked_and_told():
     assert not chunk.examples['image'][~chunk.mask].any()
 
 
+@pytest.mark.parametrize('views', [1, 3])
+def test_what_a_record_gives_does_not_depend_on_the_others(views):
+  """With others bad, or not drawn, or in other rows and chunks, all of it is the same."""
+  fields = ('image', 'key', 'label')
+
+  def examples(**settings):
+    batches = make_batches(
+      steps=1, fields=fields, views=views, pad_crop=1, color_jitter=(0.4,) * 5, **settings
+    )
+    chunks = [c for e in range(len(batches)) for c in batches[e]]
+    kept = {name: [c.examples[name][c.mask] for c in chunks] for name in fields}
+    kept = {name: np.concatenate(x) for name, x in kept.items()}
+    # Keys are as good as names.
+    return {key.tobytes(): [kept[name][i] for name in fields] for i, key in enumerate(kept['key'])}
+
+  drawn = _draw(0)
+  whole = examples()
+  assert len(whole) == len(drawn)
+  for settings, missing in (
+    ({'source': Numbered(drawn[[0, 7]])}, 2),
+    ({'draw': lambda step: np.delete(drawn, [0, 7])}, 2),
+    ({'rows': 3, 'per_chunk': 1}, 0),
+  ):
+    found = examples(**settings)
+    assert found.keys() <= whole.keys() and len(found) == len(whole) - missing
+    for key, values in found.items():
+      for a, b in zip(values, whole[key], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_one_of_several_captions_is_drawn_for_each_step_and_replayed():
   class Several(Numbered):
     def __getitem__(self, index):

@@ -68,10 +68,14 @@ def test_features_of_no_model_are_shared_by_all_models(subject, tmp_path, comput
 
 
 def test_a_second_extraction_reads_what_the_first_wrote(subject, tmp_path, computed):
+  tmp_path.chmod(0o755)  # as another program may have made it
   first = extract(subject, tmp_path)
   assert len(computed) == 6
   assert_same(extract(subject, tmp_path), first)
   assert len(computed) == 6
+  folders = [tmp_path, *(path for path in tmp_path.rglob('*') if path.is_dir())]
+  assert len(folders) == 2
+  assert all(stat.S_IMODE(path.stat().st_mode) == 0o700 for path in folders)
   files = [path for path in tmp_path.rglob('*') if path.suffix == '.npz']
   assert len(files) == 3
   assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)

@@ -54,6 +54,9 @@ def test_generated_data_spend_nothing():
   assert 'runs/first/checkpoints/5 (encoder), trained on generated data alone' in made['text']
   assert '(textures): nothing private' in made['text']
   assert made['private'] and 'what the start was trained on' not in made['not_covered']
+  for data in (FILES, TEXTURES):
+    text = statement(data, start=statement(TEXTURES))['text']
+    assert text.startswith('This model is (epsilon, delta)-') and 'run alone' not in text
   assert provenance.is_generated(statement(TEXTURES, start=statement(TEXTURES)))
 
 
@@ -71,6 +74,9 @@ def test_guarantees_of_two_private_runs_add_up():
   for number in (first['pld'], total['pld'], total['rdp']):
     assert f'{number:.3f} by' in made['text']
   assert 'add up' in made['text'] and 'delta = 0.0002' in made['text']
+  # An attack on who is in both has more to go by.
+  assert made['private'] and 'No attack on its run alone tells' in made['text']
+  assert made['text'].startswith('Given the weights that it started from, this model is (epsilon')
 
 
 def test_a_chain_adds_up_over_all_generations():
@@ -103,8 +109,57 @@ def test_what_is_not_known_is_not_covered(start, named, private):
   assert not made['init']['covered'] and made['init']['composed'] is None
   assert 'what the start was trained on' in made['not_covered']
   assert named in made['text'] and 'not covered' in made['text']
-  assert made['private'] is private
   assert not provenance.is_generated(made)
+  # The model has no guarantee, whatever its run has.
+  assert made['private'] is False and made['private_given_init'] is private
+  assert made['text'].startswith('This model has NO privacy guarantee: ')
+  given = 'Given the weights that it started from, this model is (epsilon, delta)-'
+  assert (given in made['text']) is private
+  assert set(made['attack_tpr'].values()) == {None} and 'attack' not in made['text']
+
+
+def test_what_lacks_a_guarantee_is_named_and_no_run_that_has_one():
+  made = statement(start=statement(start=FOREIGN))
+  assert 'without a guarantee' not in made['text']
+  of_tfds = {'source': 'tfds', 'generated': False}
+  made = statement(start=statement(of_tfds, start=FOREIGN, fixed_seed=True))
+  assert 'a run on tfds without a guarantee; file base.pth' in made['text']
+
+
+@pytest.mark.parametrize('start', [statement(), statement(TEXTURES)])
+def test_deltas_of_one_and_more_together_bound_nothing(start):
+  made = statement(start=start | {'delta': 0.99995})
+  none = start['data'] == FILES
+  assert made['init']['covered'] and (made['init']['composed'] is None) is none
+  assert made['private'] is not none and made['private_given_init']
+  assert ('no bound is known' in made['text']) is none
+  assert made['text'].startswith('This model has NO privacy guarantee: no bound') is none
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'epsilon': {'pld': float('inf'), 'rdp': float('nan')}},
+    {'epsilon': {'pld': float('inf'), 'rdp': 1.0}},
+    {'epsilon': {'pld': -1.0, 'rdp': 8.0}},
+    {'epsilon': {'pld': 'small', 'rdp': 8.0}},
+    {'epsilon': {}},
+    {'epsilon': None},
+    {'delta': None},
+    {'delta': float('nan')},
+    {'delta': -1e-6},
+    {'delta': 1.0},
+    {'init': {'statement': None}},
+    {'init': {'path': 'x'}},
+    {'init': ['x']},
+    {'data': 'files', 'delta': None},
+  ],
+)
+def test_figures_that_bound_nothing_are_no_guarantee(changes):
+  """Whoever wrote them, and by hand."""
+  made = statement(start=statement() | changes)
+  assert not made['init']['covered'] and not made['private']
+  assert 'is not covered: ' in made['text'] and 'is not covered: .' not in made['text']
 
 
 def test_a_run_without_a_guarantee_has_no_sum():
@@ -155,6 +210,7 @@ def test_generated_data_without_noise_are_said_to_be_nobodys():
 
 
 def test_weights_from_elsewhere_say_what_is_claimed_as_claimed():
+  assert FOREIGN['private'] is False and set(FOREIGN['epsilon'].values()) == {None}
   assert 'Claimed' not in FOREIGN['text'] and 'ab12' in FOREIGN['text']
   text = privacy.foreign_statement('x.pth', 'ff', 'epsilon about 7')['text']
   assert 'Claimed, not proven, by who published a file of this name: epsilon about 7.' in text

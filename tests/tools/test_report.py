@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpcap import config as config_lib
-from dpcap import data
+from dpcap import data, privacy
 from dpcap.errors import UserError
 from tests import checkpoint_files, tiny
 from tools import report
@@ -475,6 +475,27 @@ def test_a_simulated_run_s_epsilon_is_named_as_such(tmp_path):
   text = plain(public(tmp_path, statement={'private': False, 'simulates': simulates}))
   assert 'NO PRIVACY' in text and '∞' in text
   assert 'of the simulated run 7.337 epsilon by PLD' in ' '.join(text.split())
+
+
+def test_a_start_counts(tmp_path):
+  foreign = privacy.foreign_statement('base.pth', 'ab', None)
+  init = {'covered': False, 'composed': None, 'statement': foreign}
+  uncovered = {'private': False, 'private_given_init': True, 'init': init}
+  text = ' '.join(plain(public(tmp_path, statement=uncovered, metrics=METRICS)).split())
+  assert 'NO PRIVACY' in text and '∞' in text and 'given its start 7.988 epsilon by PLD' in text
+  first = {'private': True, 'epsilon': {'pld': 1.5}, 'delta': 1e-6}
+  composed = {'epsilon': {'pld': 9.5, 'rdp': None}, 'delta': 2e-6}
+  init = {'covered': True, 'composed': composed, 'statement': first}
+  covered = {'private_given_init': True, 'init': init}
+  text = ' '.join(plain(public(tmp_path, statement=covered)).split())
+  assert 'differentially private' in text
+  assert 'with its start, delta 2e-06 9.500 epsilon by PLD' in text
+  told = read_run(tmp_path).epsilon_text()
+  assert '7.988 by PLD; delta 1e-06; with its start epsilon 9.500 by PLD' in told
+  # Nobody's data add nothing.
+  init['statement'] = first | {'data': {'source': 'textures', 'generated': True}}
+  assert 'with its start' not in plain(public(tmp_path, statement=covered))
+  assert 'with its start' not in read_run(tmp_path).epsilon_text()
 
 
 def test_epsilon_without_a_bound(tmp_path):

@@ -201,6 +201,10 @@ def test_at_full_scale_commands_are_printed_and_a_launcher_starts_trainings(tmp_
   launched.prepare(rows)
   said = capsys.readouterr().err
   assert f'launched by -- --config=configs/dpcap.py:large --workdir={folder}\n' in said
+  lost = study.Study('paper', tmp_path, 'sh -c "echo 5 of 9 pairs are broken; exit 1"')
+  lost.prepare(rows)
+  assert lost.measure(rows[0])['why'] == 'training ended with status 1'
+  assert '5 of 9 pairs' in capsys.readouterr().err
 
 
 def test_sigterm_is_passed_on_and_ends_with_its_status(tmp_path, monkeypatch):

@@ -43,6 +43,9 @@ def test_a_failure_is_told_by_its_last_line(tmp_path, capsys):
     'training ended with status 3: error: no'
   )
   assert 'step 1' in capsys.readouterr().err
+  # It stays on the screen where it may tell of private data: reasons go to files.
+  failed = of.start('training', ['python', '-c', program], private=True)
+  assert failed == 'training ended with status 3' and 'error: no' in capsys.readouterr().err
   # The Python that runs this is what a command's python is.
   program = f'import sys; sys.exit(sys.executable != {sys.executable!r})'
   assert of.start('training', ['python', '-c', program]) is None

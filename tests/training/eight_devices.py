@@ -94,8 +94,9 @@ def run(devices: int, model_parallel: int, clipping: str, folder: pathlib.Path) 
     rows=layout.rows,
     local_rows=layout.local_rows,
   )
-  state = init_state(model, optimizer, layout, batches.transform.shapes, seed=0)
-  step = make_step(model, optimizer, plan, layout, clipping)
+  shapes = batches.transform.shapes
+  state = init_state(model, optimizer, layout, shapes, seed=0, averaged=True)
+  step = make_step(model, optimizer, plan, layout, clipping, ema_decay=0.5)
   key = jax.device_put(keys.noise_key(), layout.whole())
   checkpoints, first = Checkpoints(folder), 0
   if (devices, model_parallel) == READER:
@@ -129,7 +130,8 @@ def run(devices: int, model_parallel: int, clipping: str, folder: pathlib.Path) 
     if (devices, model_parallel, i) == (*WRITER, 0):
       checkpoints.save(state, {})
   checkpoints.close()
-  out['params'] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)]).tolist()
+  for name, tree in (('params', state.params), ('average', state.variables['params'])):
+    out[name] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).tolist()
   # Of nothing but noise: any order of summation gives the same bits.
   out['digest'] = update(state, step.zero(state.params), key, ())[-1].tolist()
   return out

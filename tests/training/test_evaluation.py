@@ -255,12 +255,24 @@ def test_other_models_go_the_same_way(model, unit, evaluator, tmp_path, capfd):
   config.data.update(views=2, pad_crop=2, color_jitter=(0.4, 0.4, 0.4, 0.1, 0.5))
   source = config_lib.source_config('scenes', split='test', size=16)
   config.evals = {'result': config_lib.evaluator_config(**evaluator, source=source)}
+  if 'label' in unit:  # somebody's images, for once
+    for number in range(24):
+      picture = tmp_path / f'images/all/{number % 8}/{number}.png'
+      picture.parent.mkdir(parents=True, exist_ok=True)
+      Image.new('RGB', (20, 18), (number, 0, 0)).save(picture)
+    config.data.source = config_lib.source_config(
+      'image_folder', path=str(tmp_path / 'images'), split='all'
+    )
   config_lib.validate(config)
   state = loop.train(config, tmp_path / 'run')
   assert all(np.isfinite(p).all() for p in jax.tree.leaves(state.average))
   statement = json.loads((tmp_path / 'run/privacy.json').read_text())
   assert statement['unit'] == f'one {unit}'
-  assert ('vocabulary' in ' '.join(statement['not_covered'])) is False
+  name = config.data.source.name
+  assert statement['data'] == {'source': name, 'generated': name == 'scenes'}
+  not_covered = ' '.join(statement['not_covered'])
+  assert 'vocabulary' not in not_covered
+  assert ('the list of classes' in not_covered) == ('label' in unit)
   result = _results(tmp_path / 'run')['step_2/result.json']
   assert 0 <= result['value'] <= 1 and result['n'] > 10
   assert result['options'].get('layers') == evaluator.get('layers')

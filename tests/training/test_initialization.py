@@ -14,7 +14,7 @@ from dpcap import models, privacy
 from dpcap.errors import UserError
 from dpcap.models import official
 from dpcap.models.weight_files import save_weights
-from dpcap.training import loop
+from dpcap.training import loop, processes
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.initialization import start_from
 from dpcap.training.mesh import Layout, make_mesh
@@ -72,6 +72,13 @@ def test_all_is_taken_from_a_workdir_or_its_checkpoint(other):
     assert 'from train.model_seed' not in start.said and 'not taken' not in start.said
     shardings = lambda state: [x.sharding for x in jax.tree.leaves(state.params)]
     assert shardings(start.state) == shardings(make_state(0))
+
+
+def test_all_processes_take_what_the_main_one_finds(other, tmp_path, monkeypatch):
+  """A run that goes on beside has a newer checkpoint for one that looks later."""
+  found = str(other / 'checkpoints/3')
+  monkeypatch.setattr(processes, 'from_main', lambda function: found)
+  assert start_from(str(tmp_path), ('all',), make_state(0)).record['path'] == found
 
 
 def test_parts_are_taken_and_others_left(other):

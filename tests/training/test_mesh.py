@@ -29,7 +29,9 @@ def test_any_mesh_computes_what_one_device_does(runs, mesh):
   assert many['drawn'] == one['drawn'][-len(many['drawn']) :]
   np.testing.assert_allclose(many['losses'], one['losses'][-len(many['losses']) :], rtol=1e-6)
   # Noise of standard deviation 2e-3 goes into every parameter: another draw would show.
-  np.testing.assert_allclose(many['params'], one['params'], rtol=0, atol=1e-6)
+  for name in ('params', 'average'):
+    np.testing.assert_allclose(many[name], one[name], rtol=0, atol=1e-6)
+  assert np.abs(np.subtract(one['params'], one['average'])).max() > 1e-4
 
 
 @pytest.mark.parametrize('mesh', MESHES)

@@ -195,6 +195,31 @@ def test_weights_from_elsewhere_may_have_seen_anything(tmp_path):
   assert judge(run, folder(tmp_path / 'y', [9]), apart=True) == (False, True)
 
 
+def test_weights_from_elsewhere_in_a_workdir_are_not_of_its_run(on_scenes, tmp_path):
+  """A file may lie anywhere, and its folder's config tells nothing of it."""
+  foreign = privacy.foreign_statement('base.pth', 'ab', None)
+  init = privacy.make_start(str(on_scenes.parent / 'base.pth'), ('all',), foreign)
+  run = write_run(tmp_path / 'second', SCENES, 400, init=init)
+  assert judge(run, folder(tmp_path / 'y', [9])) == (True, False)
+  assert judge(run, folder(tmp_path / 'y', [9]), apart=True) == (False, True)
+
+
+def test_a_run_that_is_another_by_now_tells_nothing(on_files, tmp_path):
+  """A path may be used again; the statement names the kind of data."""
+  of_files = {'source': 'image_folder', 'generated': False}
+  init = start(on_files, data=of_files, **GUARANTEE)
+  run = write_run(tmp_path / 'second', SCENES, 400, init=init, **GUARANTEE)
+  assert judge(run, folder(tmp_path / 'y', [9])) == (False, False)
+  shutil.rmtree(tmp_path / 'run')
+  write_run(tmp_path / 'run', SCENES, 400)
+  assert judge(run, folder(tmp_path / 'y', [9])) == (True, False)
+
+
+def test_a_statement_that_is_gone_may_have_named_a_start(on_scenes, tmp_path):
+  (on_scenes / 'privacy/metadata').unlink()
+  assert judge(on_scenes, folder(tmp_path / 'y', [9])) == (True, False)
+
+
 def test_a_start_of_generated_data_alone_is_nobodys(on_files, tmp_path):
   """Whether or not its run is still there."""
   data_of = {'source': 'textures', 'generated': True}

@@ -1,6 +1,7 @@
 """What stands in a workdir follows from its newest checkpoint, also while a run goes on."""
 
 import json
+import os
 import shutil
 import stat
 
@@ -68,6 +69,17 @@ def test_a_file_is_never_open_to_others_and_no_rest_of_a_crash_makes_it_so(tmp_p
     assert held.read() == 'older'
   assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == 'new'
   assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_may_be_private_whatever_its_name(tmp_path, monkeypatch):
+  """From the first moment: a crash cannot leave it open."""
+  opened, real = [], os.open
+  monkeypatch.setattr('os.open', lambda *args: opened.append(args[2]) or real(*args))
+  for private, mode in ((True, 0o600), (False, 0o666)):
+    workdir_lib.write_whole(tmp_path / 'seen.json', 'x', private)
+    assert opened.pop() == mode
+  workdir_lib.write_whole(tmp_path / 'x.private.json', 'x', private=False)
+  assert opened == [0o600]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 import string
+from collections.abc import Iterator
 from html import escape
 from typing import Any
 
@@ -74,7 +75,7 @@ def _slots(run: Run) -> dict[str, str]:
     'title': f'{_name(run)} on {run.config.data.source.name}',
     'guarantee': _guarantee_badge(run),
     'lead': _what_was_trained(run),
-    **_privacy(run.statement),
+    **_privacy(run),
     'results': results.section(run),
     'training': _training(run),
     'captions': ''.join(
@@ -132,8 +133,8 @@ def _model(config: ml_collections.ConfigDict) -> str:
   return f'{about} of {count:,} parameters'
 
 
-def _privacy(s: dict[str, Any]) -> dict[str, str]:
-  tiles = []
+def _privacy(run: Run) -> dict[str, str]:
+  s, tiles = run.statement, []
   if s['private']:
     for name, value in sorted(s['epsilon'].items(), key=lambda item: item[0] != s['accountant']):
       note = f'by {name.upper()}' + (", the run's accountant" if name == s['accountant'] else '')
@@ -143,9 +144,10 @@ def _privacy(s: dict[str, Any]) -> dict[str, str]:
         tiles.append(('epsilon', f'{value:,.3f}', note))
   else:
     tiles.append(('epsilon', '∞', 'no guarantee'))
-  for name, value in (s.get('simulates') or {'epsilon': {}})['epsilon'].items():
-    if value is not None:
-      tiles.append(('of the simulated run', f'{value:,.3f}', f'epsilon by {name.upper()}'))
+  for label, bounds in _other_bounds(run):
+    for name, value in bounds.items():
+      if value is not None:
+        tiles.append((label, f'{value:,.3f}', f'epsilon by {name.upper()}'))
   mantissa, exponent = f'{s["delta"]:.2e}'.split('e')
   delta = f'{float(mantissa):g} × 10<sup>{int(exponent)}</sup>'.replace('-', '−')
   tiles.append(('delta', delta, '1 / N' if math.isclose(s['delta'] * s['dataset_size'], 1) else ''))
@@ -161,6 +163,17 @@ def _privacy(s: dict[str, Any]) -> dict[str, str]:
     'statement': escape(s['text']),
     'not_covered': ''.join(f'<li>{escape(item)}</li>' for item in s['not_covered']),
   }
+
+
+def _other_bounds(run: Run) -> Iterator[tuple[str, dict[str, float | None]]]:
+  """Whose they are, and by accountant."""
+  s, composed = run.statement, run.with_start
+  if s.get('simulates'):
+    yield 'of the simulated run', s['simulates']['epsilon']
+  if s.get('private_given_init') and not s['private']:
+    yield 'given its start', s['epsilon']
+  if s['private'] and composed:
+    yield f'with its start, delta {composed["delta"]:.3g}', composed['epsilon']
 
 
 def _training(run: Run) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from dpcap import config as config_lib
+from dpcap import privacy
 from dpcap.errors import UserError
 from dpcap.training import metrics
 from dpcap.training.workdir import publish_statement
@@ -35,11 +36,22 @@ class Run(NamedTuple):
     """The guarantee in a few words."""
     if not self.statement['private']:
       return 'NO PRIVACY: epsilon is infinite'
-    bounds = ', '.join(
-      f'{"no finite bound" if value is None else f"{value:,.3f}"} by {name.upper()}'
-      for name, value in self.statement['epsilon'].items()
-    )
-    return f'epsilon {bounds}; delta {self.statement["delta"]:.3g}'
+    own, composed = self.statement, self.with_start
+    return _epsilon_text(own) + (f'; with its start {_epsilon_text(composed)}' if composed else '')
+
+  @property
+  def with_start(self) -> dict[str, Any] | None:
+    """'epsilon' and 'delta' of all that stands behind the model; None: no more than the run's."""
+    init = self.statement.get('init')
+    return None if not init or privacy.is_generated(init['statement']) else init['composed']
+
+
+def _epsilon_text(figures: dict[str, Any]) -> str:
+  bounds = ', '.join(
+    f'{"no finite bound" if value is None else f"{value:,.3f}"} by {name.upper()}'
+    for name, value in figures['epsilon'].items()
+  )
+  return f'epsilon {bounds}; delta {figures["delta"]:.3g}'
 
 
 def read_run(workdir: pathlib.Path) -> Run:

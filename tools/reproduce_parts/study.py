@@ -103,9 +103,12 @@ class Study:
   def _start(self, run: str, what: str, command: list[str], started: bool) -> None:
     """Runs the command, or only tells it; a failure is the run's own."""
     say(f'  $ {self.commands[-1]}')
-    failed = self._runs.start(what, command) if started else 'not run: its commands are printed'
+    failed = 'not run: its commands are printed'
+    if started:
+      # The data of the other scales are generated.
+      failed = self._runs.start(what, command, private=self._scale == 'paper')
     if failed:
-      self._reasons[run] = failed
+      self._reasons.setdefault(run, failed)
 
   def _record(self, run: str, name: str) -> dict[str, Any] | None:
     """evals/NAME.json, if it is of the last step and of what the config says now."""
