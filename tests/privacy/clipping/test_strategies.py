@@ -203,6 +203,14 @@ WIDE = {
     {'w': (64, 64)},
     x=(4, 64),
   ),
+  # What is carried is of no example until the body has been seen once.
+  'time_from_zero': lambda: zoo.plain(
+    lambda p, x: lax.scan(
+      lambda h, x: (jnp.tanh(x + h @ p['w']), None), jnp.zeros(64, x.dtype), x
+    )[0],
+    {'w': (64, 64)},
+    x=(4, 64),
+  ),
   'shared': lambda: zoo.plain(
     lambda p, x: jnp.tanh(jnp.tanh(x @ p['w']) @ p['w']), {'w': (64, 64)}, x=(2, 64)
   ),
