@@ -1,11 +1,12 @@
 """From the norm of an example's gradient to the factor it is scaled by.
 
-A clip function maps norms (B,) >= 0 and clip_norm C to factors (B,) with
+A clip function maps a norm >= 0, of one gradient, and clip_norm C to a factor with
 
-    0 <= factor * norm <= C      for every norm,
+    0 <= factor * norm <= C,
 
-which is all that the guarantee of `clipped_sum` needs: one example moves the sum by at
-most C, its L2 sensitivity.
+so that one example moves the sum by at most C, its L2 sensitivity. `clipped_sum` holds any
+function to it, and shows it one norm at a time: a factor that depends on the norms of others,
+however small it is, lets one example change what another contributes.
 """
 
 import dataclasses
@@ -14,7 +15,6 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-
 # Beside a smaller one, gradients count whose squares vanish in float32.
 SMALLEST_GAMMA = 1e-12
 
@@ -22,8 +22,8 @@ SMALLEST_GAMMA = 1e-12
 class ClipFunction(Protocol):
   """The interface; see the module docstring."""
 
-  def __call__(self, norms: jax.Array, clip_norm: float) -> jax.Array:
-    """Factors (B,) for norms (B,)."""
+  def __call__(self, norm: jax.Array, clip_norm: float) -> jax.Array:
+    """The factor () for a norm ()."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Clip:
   Sensitivity C.
   """
 
-  def __call__(self, norms: jax.Array, clip_norm: float) -> jax.Array:
-    return jnp.minimum(1.0, clip_norm / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
+  def __call__(self, norm: jax.Array, clip_norm: float) -> jax.Array:
+    return jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Automatic:
         f'gamma is {self.gamma}; it must be positive and finite, at least {SMALLEST_GAMMA}'
       )
 
-  def __call__(self, norms: jax.Array, clip_norm: float) -> jax.Array:
+  def __call__(self, norm: jax.Array, clip_norm: float) -> jax.Array:
     # Past the largest float, times a gradient of zeros, it would be NaN.
-    return jnp.minimum(clip_norm / (norms + self.gamma), jnp.finfo(norms.dtype).max)
+    return jnp.minimum(clip_norm / (norm + self.gamma), jnp.finfo(norm.dtype).max)
 
 
 CLIP_FUNCTIONS = {'clip': Clip, 'automatic': Automatic}

@@ -11,9 +11,9 @@ which then are one unit. A loss that could look past its example is refused (`tr
 
 Formal guarantee of every strategy: replacing one example by nothing (its mask set
 to False) takes a term of L2 norm at most C (1 + ROUNDING_MARGIN) over all parameters out
-of `ClippedSum.sum`, for any loss function, ANY example, batch, padding and parameter dtype, in the
-arithmetic of `rounding.py`. Terms are added in float32, whose rounding is relative to the sum,
-not to C. Edge cases:
+of `ClippedSum.sum` and changes no other, for any loss function, clip function, ANY example, batch,
+padding and parameter dtype, in the arithmetic of `rounding.py`. Terms are added in float32, whose
+rounding is relative to the sum, not to C. Edge cases:
 
 | example's gradient                       | its contribution, by `Clip`    |
 | ---------------------------------------- | ------------------------------ |
@@ -24,8 +24,9 @@ not to C. Edge cases:
 | masked out (padding, undecodable record) | exactly zero                   |
 
 In `bookkeeping` and `ghost` the same goes for the activations and output gradients that norms are
-taken from, where they are past 1e19 in float32. Whatever the clip function says, nothing is scaled
-up by more than LARGEST_FACTOR, and a negative factor is zero.
+taken from, where they are past 1e19 in float32. Whatever the clip function says, of one norm at a
+time, nothing is scaled to a norm above C, nor up by more than LARGEST_FACTOR, and a factor that is
+negative or NaN is zero.
 
 Why it holds. Whatever is formed for each example (all of it in `vmap`) is held, and norm and sum
 are of the same numbers; the norm is a sum of squares in a known order. What is not formed has a
@@ -33,6 +34,10 @@ norm with a proven bound on its rounding and on the rounding of its sum (`norms.
 to the norm that factors are computed from. Ordinary gradients lose one to a few 1e-5 of their
 factor to it. An example whose tokens cancel, so that its gradient is small beside its parts, loses
 more. `ghost` runs one compiled backward pass twice, so that both see the same gradients.
+
+In the end a gradient of weight w adds a term of norm at most w bound + flushed, and nothing at
+weight 0 (`gradient_norms.py`). From any factor with factor * bound <= C follows the weight
+w = factor * max(1 - flushed / C, 0), and w bound + flushed <= C - flushed + flushed = C.
 
 Strategies, cost in floating-point operations where a plain training step has 3:
 
@@ -96,7 +101,7 @@ def clipped_sum(
     batch: examples stacked along a leading axis of size B in every leaf.
     mask: (B,) bool; False contributes exactly zero. None: all True.
     clip_norm: C, from SMALLEST_CLIP_NORM to the largest float.
-    clip_function: from norms to factors; see `clip_functions.py`.
+    clip_function: from a gradient's norm to its factor; see `clip_functions.py`.
     strategy: 'auto' or a key of CLIPPING_STRATEGIES; all give the same answer.
 
   Returns:
@@ -130,10 +135,13 @@ def clipped_sum(
     strategy = _choice(find_uses(trace, params, warn=False))
 
   def factor_of(norms: GradientNorms) -> jax.Array:
-    factors = clip_function(norms.bound, clip_norm)
+    # Of one norm at a time: no example's factor may depend on another's gradient.
+    factors = jax.vmap(lambda norm: clip_function(norm, clip_norm))(norms.bound)
+    factors = jnp.minimum(factors, clip_norm / norms.bound)
     # What is flushed adds to a weighted gradient of norm C, whatever its weight: make room for it.
     room = jnp.maximum(1 - norms.flushed / clip_norm, 0)
-    return jnp.clip(factors * room, 0, LARGEST_FACTOR)
+    factors = jnp.minimum(factors * room, LARGEST_FACTOR)
+    return jnp.where(factors > 0, factors, 0)  # of NaN too
 
   problem = Problem(loss_fn, trace, params, batch, mask, factor_of)
   return CLIPPING_STRATEGIES[strategy](problem)

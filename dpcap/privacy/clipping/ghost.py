@@ -108,13 +108,10 @@ def ghost(problem: Problem) -> ClippedSum:
       )
       return after._replace(done=state.done + 1)
 
-    # Before the first pass: of no gradients.
-    norms = gradient_norms(size, [], [])
-    factors = jnp.where(mask, problem.factor_of(norms), 0.0)
     state = _State(
       done=jnp.zeros((), jnp.int32),
-      norms=norms.value.astype(dtype),
-      factors=factors.astype(dtype),
+      norms=jnp.zeros(size, dtype),
+      factors=mask.astype(dtype),  # any that are not known when this is compiled
       sum=unflattened(treedef, leaves, {}),
     )
     # How often it runs is known at run time only: nothing is gained by unrolling it.

@@ -1,4 +1,13 @@
-"""The norm of an example's whole gradient, from what is known of its parts."""
+"""The norm of an example's whole gradient, from what is known of its parts.
+
+No entry is in two parts. So squares add up: of norms, of their errors and, by (3) of `norms.py`
+and Minkowski's inequality, of what rounding adds. Parts that are each off by at most
+w sqrt(rounding_i) + flushed_i are together off by at most
+
+  w sqrt(sum_i rounding_i) + sum_i flushed_i.
+
+Of a gradient that is formed, each weighed entry below TINY may become 0, and is else rounded once.
+"""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +33,9 @@ class GradientNorms(NamedTuple):
 
   Attributes:
     value: as computed.
-    bound: at least the norm of what is really summed over its weight, but for _UNCOUNTED of it
-      and for `flushed`. Factors are computed from it. Finite where `value` is.
-    flushed: so much more a weighted gradient may hold, whatever its weight.
+    bound: weight * bound + flushed is at least the norm of what a gradient of any weight > 0 adds
+      to a sum, but for _UNCOUNTED of it. Finite where `value` is.
+    flushed: what numbers below TINY may add, whatever the weight.
   """
 
   value: jax.Array
@@ -75,5 +84,3 @@ def _with_small_ones_joined(arrays_B: Sequence[jax.Array]) -> list[jax.Array]:
   small = [g for g in flat if g.shape[1] <= _SMALL]
   large = [g for g in flat if g.shape[1] > _SMALL]
   return large + ([jnp.concatenate(small, axis=1)] if small else [])
-
-

@@ -78,6 +78,7 @@ from dpcap.privacy.clipping.rounding import (
 )
 from dpcap.privacy.clipping.sites import Site
 
+
 class SquaredNorm(NamedTuple):
   """Of the gradient that some sites give an example, in at least float32; see the claim above.
 

@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     params: the trained parameters.
     batch: one example or more.
     mask: (B,) bool.
-    factor_of: from norms (B,) to factors (B,).
+    factor_of: from norms (B,) to factors (B,), finite and >= 0.
   """
 
   loss_fn: LossFn

@@ -1,6 +1,5 @@
 """Models of the zoo under each strategy, compiled once, and how results are compared."""
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 from dpcap import privacy
 from dpcap.privacy import clipping
 from tests.privacy.clipping import zoo
+from tests.privacy.clipping.compiler_options import AT_LEISURE, haste
 
 BATCH, CLIP_NORM = 5, 1.0
 STRATEGIES = [name for name in privacy.CLIPPING_STRATEGIES if name != 'vmap']
@@ -78,32 +78,6 @@ def program(build, strategy, dtype, in_haste=True) -> Program:
       )
 
   return Program(call, caught)
-
-
-# What a user gets: tests in general are compiled without it (conftest.py).
-AT_LEISURE = {
-  'xla_backend_optimization_level': 3,
-  'xla_llvm_disable_expensive_passes': False,
-  'xla_cpu_use_fusion_emitters': True,
-}
-
-
-@functools.cache
-def haste():
-  """Compiler options that save three quarters of the time, those of them that jaxlib knows."""
-  options = {
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True,
-    'xla_cpu_use_fusion_emitters': False,
-    'xla_cpu_parallel_codegen_split_count': 1,
-  }
-
-  def is_known(name):
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      jax.jit(lambda x: x, compiler_options={name: options[name]}).lower(0).compile()
-      return True
-
-  return {name: value for name, value in options.items() if is_known(name)}
 
 
 def is_float(x):

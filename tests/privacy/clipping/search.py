@@ -30,6 +30,7 @@ from jax import lax
 from dpcap import privacy
 from dpcap.privacy import clipping
 from tests.privacy.clipping.adversaries import CASES, GENES, Case, choose, decoded, optional
+from tests.privacy.clipping.compiler_options import AT_LEISURE
 
 # --- What an example contributes.
 
@@ -44,10 +45,6 @@ class Settings(NamedTuple):
   strategy: str
   clip_norm: float = 1.0
   clip_function: Any = privacy.Clip()
-
-
-# What a user gets; tests in general are compiled in haste.
-AT_LEISURE = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False}
 
 
 @functools.cache

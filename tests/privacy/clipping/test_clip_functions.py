@@ -1,13 +1,13 @@
 """Clip functions: what they compute, and that no scaled norm is above C."""
 
 import jax
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpcap import privacy
 from dpcap.privacy.clipping import clip_functions
+from tests.privacy.clipping.programs import INF, MARGIN, NAN, norm
 
 FUNCTIONS = [privacy.Clip(), privacy.Automatic(), privacy.Automatic(gamma=5.0)]
 
@@ -69,8 +69,7 @@ def test_gradients_whose_squares_vanish_stay_within_clip_norm(strategy, entry):
     clip_function=clip_function,
     strategy=strategy,
   )
-  total = np.sqrt(sum(np.sum(np.square(np.float64(x))) for x in jax.tree.leaves(result.sum)))
-  assert total <= 1 + 1e-5
+  assert norm(result.sum) <= MARGIN
 
 
 @pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
@@ -86,22 +85,57 @@ def test_factors_that_would_overflow_what_they_weigh_are_cut(strategy):
   assert np.isfinite(result.sum).all() and np.any(result.sum)
 
 
-@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
-def test_a_negative_factor_counts_as_zero(rng, strategy):
-  # The first one is what a strategy might take for the factor of all.
-  factors = jnp.float32([-0.3, 0.1, -0.2, 0.2])
-  clip = lambda mask: privacy.clipped_sum(
-    lambda p, x: jnp.sum(jnp.tanh(x @ p['w'] + p['b'])),
-    {'w': jnp.ones((5, 7)), 'b': jnp.ones(7)},
+# --- Whatever a clip function says.
+
+
+def clip(batch, mask, clip_function, strategy):
+  """By a loss with sites, formed gradients and direct ones, and by clip_norm 1."""
+  return privacy.clipped_sum(
+    lambda p, e: e['size'] * jnp.sum(jnp.tanh(e['x'] @ p['w'] + p['b']) @ p['v']),
+    {'w': jnp.full((5, 7), 0.1), 'b': jnp.ones(7), 'v': jnp.ones((7, 1))},
     batch,
     mask,
     clip_norm=1.0,
-    clip_function=lambda norms, clip_norm: factors,
+    clip_function=clip_function,
     strategy=strategy,
   )
-  batch = np.float32(rng.normal(size=(4, 2, 5)))
-  result, expected = clip(np.ones(4, bool)), clip(np.array(factors > 0))
-  np.testing.assert_array_equal(result.factors, expected.factors)
-  assert np.all(result.factors >= 0)
+
+
+def of_sizes(rng, *sizes):
+  """A batch whose gradients have norms of `sizes`, up to ten times more."""
+  return {'x': np.float32(rng.uniform(-1, 1, (len(sizes), 2, 5))), 'size': np.float32(sizes)}
+
+
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+@pytest.mark.parametrize('value', [-0.3, NAN])
+def test_a_factor_that_is_negative_or_nan_counts_as_zero(rng, strategy, value):
+  # The first one is what a strategy might take for the factor of all.
+  batch, good = of_sizes(rng, 1, 100, 1, 100), np.array([False, True, False, True])
+  right = lambda norm, clip_norm: 0.1 * clip_norm / norm
+  wrong = lambda norm, clip_norm: jnp.where(norm < 100, value, right(norm, clip_norm))
+  result, expected = clip(batch, None, wrong, strategy), clip(batch, good, right, strategy)
+  assert np.isfinite(result.norms).all()
+  np.testing.assert_allclose(result.factors, expected.factors, rtol=1e-6)
+  np.testing.assert_array_equal(result.factors > 0, good)
   for one, other in zip(jax.tree.leaves(result.sum), jax.tree.leaves(expected.sum), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+def test_nothing_is_summed_where_all_factors_are_nan(rng, strategy):
+  result = clip(of_sizes(rng, 1, 100, 1), None, lambda norm, clip_norm: NAN * norm, strategy)
+  assert norm(result.sum) == 0 and not np.any(result.factors)
+
+
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+def test_no_factor_takes_a_gradient_past_clip_norm(rng, strategy):
+  result = clip(of_sizes(rng, 100), None, lambda norm, clip_norm: INF * norm, strategy)
+  assert 1 - 1e-4 <= norm(result.sum) <= MARGIN
+
+
+@pytest.mark.parametrize('strategy', privacy.CLIPPING_STRATEGIES)
+def test_a_clip_function_sees_no_norm_but_one(rng, strategy):
+  # Within C for each example, but by the largest norm of all.
+  of_all = lambda norms, clip_norm: clip_norm / jnp.max(norms)
+  result = clip(of_sizes(rng, 1, 100), None, of_all, strategy)
+  np.testing.assert_allclose(result.factors, 1 / result.norms, rtol=1e-3)

@@ -12,12 +12,10 @@ import pytest
 from dpcap import privacy
 from dpcap.privacy import clipping
 from dpcap.privacy.clipping.gradient_norms import GradientNorms
+from tests.privacy.clipping.programs import INF, MARGIN, NAN, assert_identical, difference, norm
 
 VOCAB, WIDTH, OUT, LENGTH, BATCH = 7, 5, 4, 6, 8
 EPS = 1e-5  # of the layer norm
-MARGIN = 1 + clipping.ROUNDING_MARGIN
-
-NAN, INF = float('nan'), float('inf')
 
 
 @pytest.fixture(params=privacy.CLIPPING_STRATEGIES)
@@ -94,19 +92,6 @@ def make_batch(rng, size=BATCH, weights=None):
 
 def take(batch, index):
   return jax.tree.map(lambda leaf: leaf[index], batch)
-
-
-def norm(tree):
-  """L2 norm over all leaves, in float64."""
-  return np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(tree)))
-
-
-def difference(a, b):
-  return jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), a, b)
-
-
-def assert_identical(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @functools.cache

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dpcap.privacy import CLIPPING_STRATEGIES, clipped_sum, settled
-from dpcap.privacy.clipping import ROUNDING_MARGIN
-from tests.privacy.clipping.search import AT_LEISURE
+from tests.privacy.clipping.compiler_options import AT_LEISURE
+from tests.privacy.clipping.programs import MARGIN, norm
 
 _TOKENS, _IN, _OUT = 40, 128, 128
 
@@ -74,10 +74,6 @@ LOSSES = {
 }
 
 
-def _contribution(sums):
-  return np.sqrt(sum(np.sum(np.square(np.float64(x))) for x in jax.tree.leaves(sums)))
-
-
 @pytest.mark.parametrize('mapped', [False, True])
 @pytest.mark.parametrize('strategy', CLIPPING_STRATEGIES)
 @pytest.mark.parametrize('name', LOSSES)
@@ -93,7 +89,7 @@ def test_a_rest_of_large_terms_is_bounded_as_it_is_summed(name, strategy, mapped
     batch, mask = jax.tree.map(lambda x: np.stack([x, x]), (batch, mask))
   compiled = jax.jit(of_batch).lower(batch, mask).compile(AT_LEISURE)
   sums = jax.tree.map(lambda x: x[0] if mapped else x, compiled(batch, mask).sum)
-  assert _contribution(sums) <= 1 + ROUNDING_MARGIN
+  assert norm(sums) <= MARGIN
 
 
 @pytest.mark.parametrize('strategy', CLIPPING_STRATEGIES)
@@ -103,7 +99,7 @@ def test_that_all_is_known_when_it_is_compiled_changes_nothing(strategy):
   batch, mask = _nearly_nothing(), np.array([True, False])
   of_constants = lambda: clipped_sum(loss, params, batch, mask, clip_norm=1.0, strategy=strategy)
   sums = jax.jit(of_constants).lower().compile(AT_LEISURE)().sum
-  assert _contribution(sums) <= 1 + ROUNDING_MARGIN
+  assert norm(sums) <= MARGIN
 
 
 def test_it_changes_nothing():

@@ -13,8 +13,8 @@ from jax import lax
 from dpcap import privacy
 from dpcap.privacy.clipping import outer_products
 from tests.privacy.clipping import zoo
+from tests.privacy.clipping.compiler_options import AT_LEISURE, haste
 from tests.privacy.clipping.programs import (
-  AT_LEISURE,
   BATCH,
   CLIP_NORM,
   MARGIN,
@@ -22,7 +22,6 @@ from tests.privacy.clipping.programs import (
   both_strategies,
   difference,
   half_clipped,
-  haste,
   norm,
   program,
   random_mask,

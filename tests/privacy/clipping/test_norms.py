@@ -8,7 +8,7 @@ import pytest
 from dpcap import privacy
 from dpcap.privacy.clipping import gram, norms, outer_products
 from dpcap.privacy.clipping.outer_products import Products, Rows
-from dpcap.privacy.clipping.rounding import tree_sum
+from dpcap.privacy.clipping.rounding import tree_depth, tree_sum
 from dpcap.privacy.clipping.tracing import trace_loss
 from dpcap.privacy.clipping.uses import find_uses
 from dpcap.privacy.clipping.weighted_gradients import weighted_gradient
@@ -140,6 +140,24 @@ def test_slices_of_opposite_signs_are_bounded_each_by_itself(monkeypatch, at_onc
   found = gram.gram_matrix(jnp.asarray(x), jnp.asarray(y))
   partial_sums = 2 * np.sum(np.cumsum(np.float64(slice_) ** 2)[1:])
   assert found.error[0, 0] >= U * partial_sums
+
+
+def test_slices_are_bounded_as_often_as_they_are_added(monkeypatch):
+  monkeypatch.setattr(gram, '_SLICE', 1)
+  monkeypatch.setattr(gram, '_SLICES_AT_ONCE', 1)
+  # A large one first: every addition rounds it.
+  slices = np.float32([1, *np.full(99, 1e-2)])[None]
+  found = gram.gram_matrix(jnp.asarray(slices), jnp.asarray(slices))
+  partial_sums = np.sum(np.cumsum(np.float64(slices) ** 2)[1:])
+  assert found.error[0, 0] >= U * partial_sums
+
+
+def test_terms_of_a_norm_are_bounded_as_often_as_they_are_added():
+  tokens = 100
+  # One product of two tokens is nearly all: it is rounded on its whole way up the tree.
+  g = jnp.float32([1, *np.full(tokens - 1, 1e-4)])[None, :, None]
+  found = norms._of_unit([Products(jnp.ones((1, tokens, 1)), g)])
+  assert found.error >= U * tree_depth(tokens**2)
 
 
 def test_products_and_a_lookup_that_cancel_are_bounded_each_by_itself():

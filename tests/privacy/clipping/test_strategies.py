@@ -12,6 +12,7 @@ from jax import lax
 
 from dpcap import privacy
 from tests.privacy.clipping import zoo
+from tests.privacy.clipping.compiler_options import haste
 from tests.privacy.clipping.programs import (
   BATCH,
   CLIP_NORM,
@@ -25,7 +26,6 @@ from tests.privacy.clipping.programs import (
   difference,
   half_clipped,
   has_floats,
-  haste,
   norm,
   program,
   random_mask,
@@ -35,41 +35,33 @@ from tests.privacy.clipping.programs import (
 # --- Agreement.
 
 
+def check_agrees(rng, build, strategy, dtype, with_dtype, tolerance):
+  """In floats of `dtype` with vmap in `with_dtype`, on examples that both types hold."""
+  batch, mask = build().make_batch(rng, BATCH), random_mask(rng)
+  batch = cast(cast(batch, dtype), with_dtype)
+  scale = dtype(half_clipped(build, with_dtype, batch, mask))
+  expected = program(build, 'vmap', with_dtype).call(batch, mask, scale)
+  actual = program(build, strategy, dtype).call(batch, mask, scale)
+  assert_close(actual, expected, tolerance)
+  assert {leaf.dtype for leaf in jax.tree.leaves(actual.sum)} == {np.dtype(dtype)}
+
+
 @both_strategies
 @pytest.mark.parametrize('name', zoo.ZOO)
 def test_agrees_with_vmap_in_float64(rng, name, strategy):
-  build = zoo.ZOO[name]
-  batch, mask = build().make_batch(rng, BATCH), random_mask(rng)
-  scale = half_clipped(build, np.float64, batch, mask)
-  expected = program(build, 'vmap', np.float64).call(batch, mask, scale)
-  actual = program(build, strategy, np.float64).call(batch, mask, scale)
-  assert_close(actual, expected, 1e-10)
-  assert {leaf.dtype for leaf in jax.tree.leaves(actual.sum)} == {np.dtype(np.float64)}
+  check_agrees(rng, zoo.ZOO[name], strategy, np.float64, np.float64, 1e-10)
 
 
 @both_strategies
 @pytest.mark.parametrize('name', FLOAT32)
 def test_agrees_in_float32_with_vmap_in_float64(rng, name, strategy):
-  build = zoo.ZOO[name]
-  batch, mask = build().make_batch(rng, BATCH), random_mask(rng)
-  batch = cast(cast(batch, np.float32), np.float64)
-  scale = np.float32(half_clipped(build, np.float64, batch, mask))
-  expected = program(build, 'vmap', np.float64).call(batch, mask, scale)
-  actual = program(build, strategy, np.float32).call(batch, mask, scale)
-  assert_close(actual, expected, 1e-5)
-  assert {leaf.dtype for leaf in jax.tree.leaves(actual.sum)} == {np.dtype(np.float32)}
+  check_agrees(rng, zoo.ZOO[name], strategy, np.float32, np.float64, 1e-5)
 
 
 @both_strategies
 @pytest.mark.parametrize('name', zoo.BFLOAT16)
 def test_agrees_with_vmap_where_the_model_computes_in_bfloat16(rng, name, strategy):
-  build = zoo.BFLOAT16[name]
-  batch, mask = build().make_batch(rng, BATCH), random_mask(rng)
-  scale = half_clipped(build, np.float32, batch, mask)
-  expected = program(build, 'vmap', np.float32).call(batch, mask, scale)
-  actual = program(build, strategy, np.float32).call(batch, mask, scale)
-  assert_close(actual, expected, 2e-2)
-  assert {leaf.dtype for leaf in jax.tree.leaves(actual.sum)} == {np.dtype(np.float32)}
+  check_agrees(rng, zoo.BFLOAT16[name], strategy, np.float32, np.float32, 2e-2)
 
 
 @both_strategies
@@ -208,6 +200,14 @@ WIDE = {
   ),
   'time': lambda: zoo.plain(
     lambda p, x: lax.scan(lambda h, x: (jnp.tanh(x + h @ p['w']), None), x[0], x)[0],
+    {'w': (64, 64)},
+    x=(4, 64),
+  ),
+  # What is carried is of no example until the body has been seen once.
+  'time_from_zero': lambda: zoo.plain(
+    lambda p, x: lax.scan(
+      lambda h, x: (jnp.tanh(x + h @ p['w']), None), jnp.zeros(64, x.dtype), x
+    )[0],
     {'w': (64, 64)},
     x=(4, 64),
   ),
