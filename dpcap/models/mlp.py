@@ -1,7 +1,6 @@
 """A multi-layer perceptron, for images as small and plain as MNIST's."""
 
 from collections.abc import Sequence
-from typing import Self
 
 import flax.linen as nn
 import jax
@@ -37,24 +36,11 @@ class MLP(classifier.Classifier):
     ),
   }
 
-  @classmethod
-  def make(
-    cls,
-    *,
-    image_size: int,
-    vocab_size: int,
-    remat: bool,
-    classes: int,
-    dtype: str,
-    widths: Sequence[int],
-    activation: str,
-  ) -> Self:
-    """See `dpcap.models.make_model`; images may have any size."""
-    del image_size, vocab_size
-    classifier.refuse_remat(remat)
+  @staticmethod
+  def make_encoder(*, dtype: jnp.dtype, widths: Sequence[int], activation: str) -> nn.Module:
+    """See `Classifier`."""
     keys.one_of('activation', activation, _ACTIVATIONS)
-    dtype = keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)]
-    return cls(HiddenLayers(tuple(widths), activation, dtype), classes, dtype=dtype)
+    return HiddenLayers(tuple(widths), activation, dtype)
 
 
 class HiddenLayers(nn.Module):
