@@ -46,7 +46,7 @@ SECTIONS = {
     'views': Key(
       int,
       1,
-      'how many times a drawn record is augmented; its gradient is the mean over them, clipped once',
+      'how many times a drawn record is augmented; the mean of its gradients is clipped',
       check=POSITIVE,
     ),
     'dataset_size': Key(
@@ -287,7 +287,7 @@ _PAIR = {'train': SOURCES, 'test': SOURCES}
 _LAYERS = Key(
   str,
   None,
-  "which of the model's features, as its class lists them under FEATURES; None: the first",
+  "which of the model's features, as its class lists them under LAYERS; None: the first",
   optional=True,
 )
 _FEATURES = {

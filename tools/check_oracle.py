@@ -161,7 +161,7 @@ def _mae_errors(oracle, model, variables, batch) -> dict[str, Any]:
       model.apply(variables, image, noise, method='loss'),
       model.apply(variables, image, noise, method='encode'),
       model.apply(variables, image, noise, method='paint')[0],
-      model.apply(variables, image, of='all_blocks', method='features'),
+      model.apply(variables, image, layers='all_blocks', method='features'),
     )
 
   flat = flatten_dict(variables['params'])

@@ -105,7 +105,7 @@ def make_mae_oracle(seed: int) -> dict[str, np.ndarray]:
     outputs = {
       'out/encoder': model.apply(variables, image, noise, method='encode'),
       'out/prediction': model.apply(variables, image, noise, method='paint')[0],
-      'out/block_means': model.apply(variables, image, of='all_blocks', method='features'),
+      'out/block_means': model.apply(variables, image, layers='all_blocks', method='features'),
     }
     loss, grad = jax.value_and_grad(loss_fn)(params)
     return outputs | {'out/loss': loss}, grad
@@ -131,7 +131,7 @@ def _moved(params: dict, rng: np.random.Generator) -> dict:
 
 
 def _clipped(prefix: str, grads: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Norms of the examples' gradients, the clip norm, and the sum of what clipping leaves of them."""
+  """Norms of the examples' gradients, the clip norm, and the sum of the clipped gradients."""
   norms = np.sqrt([sum(np.sum(g**2) for g in grad.values()) for grad in grads])
   clip_norm = np.mean(norms)  # some examples are clipped, some are not
   factors = np.minimum(1, clip_norm / norms)

@@ -9,7 +9,8 @@ axes), with trained parameters in the collection 'params' and constants in 'froz
 - KEYS: its own entries of the config's section `model`;
 - make(image_size, vocab_size, remat, **keys): the module, or a UserError that names the key;
 - about(): what it is, in words that begin with its kind;
-- features(images): what evaluations take of it, float32 (..., D).
+- features(images, layers): what evaluations take of it, float32 (..., D); LAYERS lists of which
+  layers it can be, the default first.
 
 What else an evaluation needs it looks for by name, as `logits` or `text_loss`.
 """

@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
   INPUTS = ('image', 'label')
   # What `features` can be of.
-  FEATURES = ('pooled',)
+  LAYERS = ('pooled',)
   # The top-level parameters that features depend on.
   FEATURE_PARTS = ('encoder',)
 
@@ -68,9 +68,9 @@ class Classifier(nn.Module):
   def setup(self):
     self.head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=self.head_init)
 
-  def features(self, image_HxWx3: jax.Array, of: str = FEATURES[0]) -> jax.Array:
+  def features(self, image_HxWx3: jax.Array, layers: str = LAYERS[0]) -> jax.Array:
     """Image features for probing (..., D): what the head reads."""
-    del of  # there is one kind
+    del layers  # there is one kind
     return self.encoder(image_HxWx3)
 
   def logits(self, image_HxWx3: jax.Array) -> jax.Array:

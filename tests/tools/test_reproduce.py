@@ -63,7 +63,8 @@ class Started:
 
 
 def _subprocess(popen):
-  return types.SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT, run=subprocess.run)
+  kept = {name: getattr(subprocess, name) for name in ('PIPE', 'STDOUT', 'run')}
+  return types.SimpleNamespace(Popen=popen, **kept)
 
 
 @pytest.fixture(name='started')
@@ -110,7 +111,8 @@ def test_every_table_can_be_made(name, tmp_path, started, capsys):
     assert finding['holds'] is (True if 'chance' in finding['name'] else None)
   kept = json.loads((tmp_path / f'{name}.json').read_text())
   assert {key: kept[key] for key in made} == made
-  assert {' '.join(['python', *command[1:]]) for command in started.commands} <= set(kept['commands'])
+  commands = {' '.join(['python', *command[1:]]) for command in started.commands}
+  assert commands <= set(kept['commands'])
   assert kept['date'] and kept['commit']
   assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
   text = (tmp_path / f'{name}.md').read_text()
