@@ -27,6 +27,7 @@ def get_config(argument=''):
   families = SIZES, RECIPES, EPSILONS, NOISE, STAGES
   size, recipe, epsilon, noise, stage = config_lib.read_words(argument, *families)
   config = dpcap.get_config(size)  # for its data
+  config.data.tokenizer, config.data.vocabulary = 'bytes', None  # no text is read
 
   config.model = config_lib.model_config('mae', size=size, mask_ratio=0.75)
   config.model.decoder_width = 512

@@ -148,7 +148,11 @@ SECTIONS = {
     ),
     'momentum': Key(float, None, 'of sgd; None: 0', check=FRACTION, optional=True),
     'weight_decay': Key(
-      float, 0.005, 'of matrices; biases and scales have none', check=NOT_NEGATIVE
+      float,
+      None,
+      'of matrices; biases and scales have none. None: 0.005 of adamw, 0 of sgd',
+      check=NOT_NEGATIVE,
+      optional=True,
     ),
   },
   'mesh': {

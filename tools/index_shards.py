@@ -36,7 +36,7 @@ from collections.abc import Iterable, Iterator
 from rich import progress
 from rich.console import Console
 
-from dpcap.data import tar_manifest
+from dpcap.data import tar_manifest, watchdog
 from dpcap.data.byte_ranges import is_local
 from dpcap.data.tar_index import THREADS, Counts, Index, Wanted, find_shards, total, try_index_shard
 from dpcap.data.tar_shards import IMAGE_KEYS, describe_counts, make_wanted
@@ -87,7 +87,9 @@ def run_here(
     context = multiprocessing.get_context('forkserver')
     # Imported once, there, instead of in each process.
     context.set_forkserver_preload(['dpcap.data.tar_index'])
-    pool = concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context)
+    pool = concurrent.futures.ProcessPoolExecutor(
+      workers or os.cpu_count(), context, initializer=watchdog.follow_parent
+    )
   try:
     number_of = {
       pool.submit(try_index_shard, shard, wanted, index_dir): number
@@ -96,7 +98,8 @@ def run_here(
     for future in concurrent.futures.as_completed(number_of):
       yield number_of[future], future.result()
   finally:
-    pool.shutdown(cancel_futures=True)
+    # Processes end with this one, whatever they are at.
+    pool.shutdown(wait=executor == 'threads', cancel_futures=True)
 
 
 def show_progress(results: Iterable[tuple[int, Index]], shards: int) -> Iterator[tuple[int, Index]]:
