@@ -117,6 +117,7 @@ def test_every_table_can_be_made(name, tmp_path, started, capsys):
   assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
   text = (tmp_path / f'{name}.md').read_text()
   assert '60.0%' in text and '50.0% to 70.0%' in text and kept['commit'] in text
+  assert 'nothing is learnt' in text and '| chance |' in text and '| 25.0% |' in text
 
 
 def test_runs_are_shared_and_what_is_done_is_not_done_again(tmp_path, started):
