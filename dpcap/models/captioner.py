@@ -37,6 +37,7 @@ class Captioner(nn.Module):
   """
 
   INPUTS = ('image', 'tokens')
+  LOSS_UNIT = 'nats per token'
   KEYS = keys.TRANSFORMER
   # What `features` can be of; the first is the default.
   LAYERS = ('memory', 'encoder', 'projection', 'all_blocks')

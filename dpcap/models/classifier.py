@@ -30,6 +30,7 @@ class Classifier(nn.Module):
   """
 
   INPUTS = ('image', 'label')
+  LOSS_UNIT = 'nats'
   # What `features` can be of.
   LAYERS = ('pooled',)
   # The top-level parameters that features depend on.

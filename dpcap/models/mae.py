@@ -51,6 +51,7 @@ class MAE(nn.Module):
   """
 
   INPUTS = ('image', 'key')
+  LOSS_UNIT = 'squared error of a pixel'
   KEYS = keys.TRANSFORMER | {
     'encoder_of': Key(
       str,
