@@ -8,7 +8,8 @@ else. `paper` is configs/dpcap.py and the like: it prints the commands, and with
 trainings through a launcher (--launch='launch/slurm.sh --nodes=4 --gpus_per_node=8'); results that
 are there are read. SIGTERM stops with status 143, and the same command goes on: runs and
 evaluations that are done, also by other tables, are not done again. A row that fails has no value
-and says why.
+and says why; nor has one whose images are not known, or declared, to be apart from the training
+data: tables can be published.
 
 DIR/TABLE.md, .json and .png hold the table; DIR/runs the runs. The last line on stdout is JSON:
 {"table", "scale", "rows": [{"name", "group", "paper", "source", "value", "low", "high" (95%),

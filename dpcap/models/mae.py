@@ -27,7 +27,7 @@ _small_normal = nn.initializers.normal(0.02)
 
 
 class MAE(nn.Module):
-  """Masked autoencoder (He et al. 2022), as ViP has it (Yu et al. 2023).
+  """Masked autoencoder (He et al. 2022), as ViP has it (Yu et al. 2024).
 
   Use: `variables = model.init(jax.random.key(0), image, key)`; all of them are trained
   (`variables['params']`, float32). Every method takes one example or any leading axes `...`,
