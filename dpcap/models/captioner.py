@@ -116,7 +116,8 @@ class Captioner(nn.Module):
       image_HxWx3: (..., H, W, 3).
       layers: the mean over the tokens of the 'memory', which is the paper's; of the 'encoder',
         after its last LayerNorm; of their 'projection', before positions and type embedding are
-        added. Or 'all_blocks': that over the patches after every block, side by side, as ViP probes.
+        added. Or 'all_blocks': that over the patches after every block, side by side, as ViP
+        probes.
     """
     if layers == 'all_blocks':
       return self.encoder(image_HxWx3, block_means=True)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpcap.key import Key
+from dpcap.key import COUNTS, Key
 from dpcap.models import classifier, keys
 from dpcap.models.precision import at_least_float32
 
@@ -22,15 +22,7 @@ class MLP(classifier.Classifier):
   KIND = 'multi-layer perceptron'
   KEYS = {
     **classifier.KEYS,
-    'widths': Key(
-      tuple,
-      (256, 128),
-      'of the hidden layers',
-      check=(
-        lambda x: bool(x) and all(type(n) is int and n > 0 for n in x),
-        'one or more whole numbers above 0',
-      ),
-    ),
+    'widths': Key(tuple, (256, 128), 'of the hidden layers', check=COUNTS),
     'activation': Key(
       str, 'tanh', 'after every hidden layer; bounded ones suit clipping', tuple(_ACTIVATIONS)
     ),

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpcap.key import POSITIVE, Key
+from dpcap.key import COUNTS, POSITIVE, Key
 from dpcap.models import classifier
 from dpcap.models.convolution import Convolution
 from dpcap.models.precision import at_least_float32
@@ -39,13 +39,7 @@ class NFResNet(classifier.Classifier):
   KEYS = {
     **classifier.KEYS,
     'depths': Key(
-      tuple,
-      (3, 4, 6, 3),
-      'blocks of each stage; (3, 4, 23, 3) is NF-ResNet-101',
-      check=(
-        lambda x: bool(x) and all(type(n) is int and n > 0 for n in x),
-        'one or more whole numbers above 0',
-      ),
+      tuple, (3, 4, 6, 3), 'blocks of each stage; (3, 4, 23, 3) is NF-ResNet-101', check=COUNTS
     ),
     'width': Key(
       int, 64, 'channels of the stem; the first stage has four times as many', check=POSITIVE
