@@ -42,6 +42,8 @@ def get_config(argument='imagenet'):
   config.evals[f'{dataset}_few_shot'] = config_lib.evaluator_config(
     'few_shot', **pair, shots=_SHOTS.get(dataset, (1, 2, 5, 10))
   )
+  if 'classes' in config.model and train == config.data.source:  # what it was trained for
+    config.evals[f'{dataset}_accuracy'] = config_lib.evaluator_config('accuracy', source=test)
   if config.model.name == 'mae':  # what ViP's own figures are of
     config.evals[f'{dataset}_all_blocks'] = config_lib.evaluator_config(
       'linear_probe_sgd', **pair, layers='all_blocks'

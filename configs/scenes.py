@@ -15,6 +15,7 @@ import importlib
 from configs import demo
 from configs import dpcap as paper
 from dpcap import config as config_lib
+from dpcap.errors import UserError
 
 # file of configs/ -> learning rate here
 EXPERIMENTS = {'dpcap': 3e-3, 'vip': 3e-3, 'mae': 3e-3, 'textures': 3e-3}
@@ -48,7 +49,11 @@ def get_config(argument='dpcap'):
   rest = [word for word in words if word not in (*EVALUATIONS, *own, 'calibrated')]
   full = importlib.import_module(f'configs.{experiment}')
   noise = ['calibrated'] if hasattr(full, 'NOISE') else []
-  config = _scaled_down(full.get_config(','.join([*rest, *noise])), full.get_config())
+  try:
+    config = _scaled_down(full.get_config(','.join([*rest, *noise])), full.get_config())
+  except UserError as e:
+    own = ', '.join((*EXPERIMENTS, *SCALES))
+    raise UserError(f'{e}; of scenes.py itself: {own}, and evaluations') from e
   config.optimizer.learning_rate = EXPERIMENTS[experiment]
   if scale == 'smoke':
     _make_tiny(config)

@@ -29,7 +29,6 @@ def get_config(argument=''):
   config.privacy.simulation_divisor = SIMULATION[simulation]
   config.optimizer.name = 'sgd'
   config.optimizer.schedule = 'constant'
-  config.optimizer.weight_decay = 0.0
   return config
 
 

@@ -12,8 +12,6 @@ Shaders21k (Baradad et al. 2022), which the papers' stage is trained on; its len
 from configs import mae
 from configs.dpcap import SIZES
 from dpcap import config as config_lib
-from dpcap import data
-
 
 ENCODERS = {'for_dpcap': 'captioner', 'for_vip': 'vip'}
 
@@ -25,6 +23,5 @@ def get_config(argument=''):
   config.model.encoder_of = ENCODERS[encoder]
   config.data.source = config_lib.source_config('textures', size=1_000_000, programs=21_000)
   config.data.dataset_size = None
-  config.data.vocabulary = data.TEXTURES_VOCABULARY
   config.train.steps = 20_000
   return config

@@ -4,9 +4,14 @@
     --config=configs/vip.py:small,calibrated        sigma by PLD at that epsilon
     --config=configs/vip.py:script                  the recipe as it was released
 
-Source: arXiv 2306.08842 and its code. On ImageNet-1K, as the released script has it, its noise is no
-useful epsilon (453 by PLD): here it is on the same pairs as DP-Cap, whose captions it does not
-read. configs/README.md lists the words.
+Source: arXiv 2306.08842 and its code. On ImageNet-1K, as the released script has it, its noise is
+no useful epsilon, 453 by PLD:
+
+    python -m tools.privacy --config=configs/vip.py:script --config.data.dataset_size=1281167 \\
+        --config.privacy.delta=3.9e-7
+
+Here it is on the same pairs as DP-Cap, whose captions it does not read. configs/README.md lists the
+words.
 """
 
 from configs import dpcap
@@ -27,6 +32,7 @@ def get_config(argument=''):
   families = SIZES, RECIPES, EPSILONS, NOISE, STAGES
   size, recipe, epsilon, noise, stage = config_lib.read_words(argument, *families)
   config = dpcap.get_config(size)  # for its data
+  config.data.tokenizer, config.data.vocabulary = 'bytes', None  # no text is read
 
   config.model = config_lib.model_config('mae', size=size, mask_ratio=0.75)
   config.model.decoder_width = 512

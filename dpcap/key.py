@@ -37,3 +37,7 @@ GIVEN = (bool, 'given')
 POSITIVE = (lambda x: x > 0, 'above 0')
 NOT_NEGATIVE = (lambda x: x >= 0, '0 or more')
 FRACTION = (lambda x: 0 <= x < 1, 'from 0 to below 1')
+COUNTS = (
+  lambda x: bool(x) and all(type(n) is int and n > 0 for n in x),
+  'one or more whole numbers above 0',
+)

@@ -1,7 +1,7 @@
 """The schema of a config: every key, its type, its default and what is allowed."""
 
 from dpcap import data, evals, models, privacy
-from dpcap.key import FRACTION, GIVEN, NOT_NEGATIVE, POSITIVE, Key
+from dpcap.key import COUNTS, FRACTION, GIVEN, NOT_NEGATIVE, POSITIVE, Key
 from dpcap.training.optimizer import OPTIMIZERS, SCHEDULES
 
 _AREA_RANGE = (
@@ -46,7 +46,7 @@ SECTIONS = {
     'views': Key(
       int,
       1,
-      'how many times a drawn record is augmented; its gradient is the mean over them, clipped once',
+      'how many times a drawn record is augmented; the mean of its gradients is clipped',
       check=POSITIVE,
     ),
     'dataset_size': Key(
@@ -148,7 +148,11 @@ SECTIONS = {
     ),
     'momentum': Key(float, None, 'of sgd; None: 0', check=FRACTION, optional=True),
     'weight_decay': Key(
-      float, 0.005, 'of matrices; biases and scales have none', check=NOT_NEGATIVE
+      float,
+      None,
+      'of matrices; biases and scales have none. None: 0.005 of adamw, 0 of sgd',
+      check=NOT_NEGATIVE,
+      optional=True,
     ),
   },
   'mesh': {
@@ -273,10 +277,6 @@ SOURCES = {
   },
 }
 
-_COUNTS = (
-  lambda x: bool(x) and all(type(n) is int and n > 0 for n in x),
-  'one or more whole numbers above 0',
-)
 _TEMPLATES = (
   lambda x: bool(x) and all(isinstance(t, str) and t.count('{}') == 1 for t in x),
   'one or more texts that hold {} once',
@@ -287,7 +287,7 @@ _PAIR = {'train': SOURCES, 'test': SOURCES}
 _LAYERS = Key(
   str,
   None,
-  "which of the model's features, as its class lists them under FEATURES; None: the first",
+  "which of the model's features, as its class lists them under LAYERS; None: the first",
   optional=True,
 )
 _FEATURES = {
@@ -355,7 +355,7 @@ _OWN_KEYS = {
   'few_shot': {
     **_PAIR,
     **_FEATURES,
-    'shots': Key(tuple, (1, 2, 5, 10), 'images per class', check=_COUNTS),
+    'shots': Key(tuple, (1, 2, 5, 10), 'images per class', check=COUNTS),
     'draws': Key(int, 5, 'how many times the images are drawn', check=POSITIVE),
     'batch_size': _BATCH_SIZE,
   },
@@ -368,7 +368,7 @@ _OWN_KEYS = {
   'retrieval': {
     'source': SOURCES,
     **_FEATURES,
-    'at': Key(tuple, (1, 5, 10), 'numbers of neighbours', check=_COUNTS),
+    'at': Key(tuple, (1, 5, 10), 'numbers of neighbours', check=COUNTS),
     'batch_size': _BATCH_SIZE,
   },
   'captions': {

@@ -30,6 +30,7 @@ _EXPERIMENTS = [
   'scenes:smoke,textures',
   'emoji',
   'evaluations:cifar100@dpcap:large',
+  'evaluations:cifar10@tan:cifar10',
   'evaluations:places205,/data/places205',
   'evaluations:aro,/data/aro',
   'scenes:dpcap,large,epsilon1,count_linear_probe,aro_order',
@@ -173,6 +174,13 @@ def test_words_of_an_argument_choose_one_of_each_family():
     config_lib.read_words('huge', *families)
   with pytest.raises(UserError, match="'large' and 'base' exclude each other"):
     config_lib.read_words('base,large', *families)
+
+
+def test_a_classifier_is_judged_on_its_own_task():
+  evals = lambda what: importlib.import_module('configs.evaluations').get_config(what).evals
+  assert 'cifar10_accuracy' in evals('cifar10@tan:cifar10')
+  for what in ('cifar100@tan:cifar10', 'cifar10'):
+    assert not [name for name in evals(what) if name.endswith('accuracy')]
 
 
 def test_evaluations_of_an_experiment_that_is_not_there_are_refused():

@@ -43,7 +43,7 @@ import jax
 from dpcap.errors import UserError
 from dpcap.privacy import CLIPPING_STRATEGIES
 from dpcap.privacy.clipping import SMALLEST_CLIP_NORM
-from tools.arguments import Parser
+from tools.arguments import Parser, program
 from tools.bench_parts import cases, hlo, screen, timing, trace
 
 MAX = 'max'
@@ -57,12 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   Raises:
     UserError: naming the option, its value and what is allowed.
   """
-  parser = Parser(
-    prog='python -m tools.bench_clipping',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = Parser('tools.bench_clipping', __doc__)
   add = parser.add_argument
   add('--size', default='nano', help='sizes of the captioner, as "micro,nano"')
   add('--depth', default='', help="blocks of the encoder; the size's own if not given")
@@ -184,15 +179,11 @@ def _largest_batch(case: cases.Case, options: argparse.Namespace, say: Callable[
   return timing.largest_batch(fits)
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Times what the options ask for and prints it; returns the exit status."""
-  try:
-    options = parse(argv)
-    todo = list_cases(options)
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
-  for case in todo:
+@program
+def main(argv: list[str] | None) -> None:
+  """Times what the options ask for and prints it."""
+  options = parse(argv)
+  for case in list_cases(options):
     with screen.status() as say:
       lines, profiles = run_case(case, options, say)
     for line in lines:
@@ -200,7 +191,6 @@ def main(argv: list[str] | None = None) -> int:
     screen.show_lines(lines)
     for name, profile in profiles.items():
       screen.show_profile(name, profile)
-  return 0
 
 
 if __name__ == '__main__':

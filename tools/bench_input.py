@@ -46,7 +46,7 @@ from dpcap import data
 from dpcap.data import image as image_ops
 from dpcap.errors import UserError
 from dpcap.privacy.sampling import PoissonSampler, augmentation_generator
-from tools.arguments import Parser
+from tools.arguments import Parser, program
 from tools.bench_parts.photos import make_shards
 
 _SIZE, _TEXT_LENGTH = 224, 40
@@ -306,41 +306,32 @@ def _at_least_one(text: str) -> int:
   return int(text)
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Times everything and prints it; returns the exit status."""
-  parser = Parser(
-    prog='python -m tools.bench_input',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+@program
+def main(argv: list[str] | None) -> None:
+  """Times everything and prints it."""
+  parser = Parser('tools.bench_input', __doc__)
   add = parser.add_argument
   add('shards', nargs='?', help='path of local tar shards; made up if not given')
   add('--images', type=_at_least_one, default=512, help='how many are made up')
   add('--workers', type=_at_least_one, default=os.cpu_count(), help='processes; one per core')
   add('--rounds', type=_at_least_one, default=7, help='timed rounds of everything')
-  try:
-    options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-      path = options.shards
-      if path is None:
-        make_shards(pathlib.Path(folder), options.images)
-        path = folder
-      source = data.TarShards(path, index_dir=folder)
-      if not data.byte_ranges.is_local(source.where(0)):
-        raise UserError(f'{path}: is remote; expected shards on a local disk')
-      lines = time_draw(options.rounds)
-      lines += time_reading(source, options.rounds)
-      lines += time_stages(source, options.rounds)
-      with Console(stderr=True).status('') as shown:
-        lines += time_pipeline(source, options.workers, options.rounds, shown.update)
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+  options = parser.parse_args(argv)
+  with tempfile.TemporaryDirectory() as folder:
+    path = options.shards
+    if path is None:
+      make_shards(pathlib.Path(folder), options.images)
+      path = folder
+    source = data.TarShards(path, index_dir=folder)
+    if not data.byte_ranges.is_local(source.where(0)):
+      raise UserError(f'{path}: is remote; expected shards on a local disk')
+    lines = time_draw(options.rounds)
+    lines += time_reading(source, options.rounds)
+    lines += time_stages(source, options.rounds)
+    with Console(stderr=True).status('') as shown:
+      lines += time_pipeline(source, options.workers, options.rounds, shown.update)
   for line in lines:
     print(json.dumps(line))
   _show(lines)
-  return 0
 
 
 if __name__ == '__main__':

@@ -31,6 +31,7 @@ import threading
 import time
 
 from dpcap.errors import UserError
+from tools.arguments import Parser, program
 
 _TICKS = os.sysconf('SC_CLK_TCK')
 
@@ -41,12 +42,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
   Raises:
     UserError: naming the option, its value and what is allowed.
   """
-  parser = argparse.ArgumentParser(
-    prog='python -m tools.bench_start',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = Parser('tools.bench_start', __doc__)
   parser.add_argument('--config', required=True, help='the experiment')
   parser.add_argument('--rounds', default='3', help='first and second starts each')
   options, passed_on = parser.parse_known_args(argv)
@@ -107,21 +103,17 @@ def _processor_seconds(pid: int) -> float:
   return ticks / _TICKS
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Times what the options name; returns the exit status."""
-  try:
-    options, arguments = parse(argv)
-    for number in range(1, int(options.rounds) + 1):
-      with tempfile.TemporaryDirectory(prefix='dpcap-start-') as folder:
-        folder = pathlib.Path(folder)
-        for start in ('first', 'second'):
-          (folder / start).mkdir()
-          result = time_start(arguments, folder / start, folder / 'cache')
-          print(json.dumps({'start': start, 'round': number} | result), flush=True)
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
-  return 0
+@program
+def main(argv: list[str] | None) -> None:
+  """Times what the options name."""
+  options, arguments = parse(argv)
+  for number in range(1, int(options.rounds) + 1):
+    with tempfile.TemporaryDirectory(prefix='dpcap-start-') as folder:
+      folder = pathlib.Path(folder)
+      for start in ('first', 'second'):
+        (folder / start).mkdir()
+        result = time_start(arguments, folder / start, folder / 'cache')
+        print(json.dumps({'start': start, 'round': number} | result), flush=True)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,6 @@ Exits 2 if an option is wrong.
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
 
-import argparse
 import json
 import statistics
 import sys
@@ -27,7 +26,9 @@ import jax
 import numpy as np
 
 from dpcap import models
+from dpcap.errors import UserError
 from dpcap.evals import zero_shot
+from tools.arguments import Parser, program
 
 _VOCABULARY, _TEXT_LENGTH = 30_522, 40
 _CLS, _SEP = 101, 102
@@ -41,21 +42,20 @@ def make_texts(labels: int, rng: np.random.Generator) -> list[list[int]]:
   return [[*prompt, *draw(rng.integers(1, 5)), _SEP] for _ in range(labels)]
 
 
-def main(arguments: list[str] | None = None) -> int:
-  """Runs the benchmark; returns the exit status."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+@program
+def main(argv: list[str] | None) -> None:
+  """Times both methods and prints it."""
+  parser = Parser('tools.bench_zero_shot', __doc__)
   parser.add_argument('--size', default='nano', choices=models.SIZES)
   parser.add_argument('--image_size', type=int, default=224)
   for name, default in dict(labels=1000, images=2, rounds=3, reference_labels=8).items():
     parser.add_argument(f'--{name}', type=int, default=default)
-  options = parser.parse_args(arguments)
+  options = parser.parse_args(argv)
   for name in ('image_size', 'labels', 'images', 'rounds', 'reference_labels'):
     if getattr(options, name) < 1:
-      parser.error(f'--{name} is {getattr(options, name)}; it must be at least 1')
+      raise UserError(f'--{name} is {getattr(options, name)}; it must be at least 1')
   if options.reference_labels > options.labels:
-    parser.error('--reference_labels is above --labels; it must be a part of them')
+    raise UserError('--reference_labels is above --labels; it must be a part of them')
 
   rng = np.random.default_rng(0)
   size, image_size = options.size, options.image_size
@@ -100,7 +100,6 @@ def main(arguments: list[str] | None = None) -> int:
       'device': jax.devices()[0].device_kind,
     }
     print(json.dumps(line))
-  return 0
 
 
 if __name__ == '__main__':

@@ -11,7 +11,6 @@ there are several. The model runs in float32. Exits 2 if the file cannot be read
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
 
-import argparse
 import functools
 import json
 import sys
@@ -27,6 +26,7 @@ from dpcap.errors import UserError
 from dpcap.models import MAE, Captioner
 from dpcap.models.reference_weights import from_reference, to_reference
 from dpcap.privacy import CLIPPING_STRATEGIES, clipped_sum
+from tools.arguments import Parser, program
 
 # Whole numbers in `meta`.
 SHAPE_KEYS = (
@@ -161,7 +161,7 @@ def _mae_errors(oracle, model, variables, batch) -> dict[str, Any]:
       model.apply(variables, image, noise, method='loss'),
       model.apply(variables, image, noise, method='encode'),
       model.apply(variables, image, noise, method='paint')[0],
-      model.apply(variables, image, of='all_blocks', method='features'),
+      model.apply(variables, image, layers='all_blocks', method='features'),
     )
 
   flat = flatten_dict(variables['params'])
@@ -240,18 +240,12 @@ def _worst(errors: Sequence[float]) -> float:
   return float(np.max(errors))
 
 
-def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog='python -m tools.check_oracle', description=__doc__.split('\n')[0]
-  )
+@program
+def main(argv: list[str] | None) -> None:
+  """Compares with the file that the arguments name."""
+  parser = Parser('tools.check_oracle', __doc__)
   parser.add_argument('file', help='an npz file in the layout that tools.make_oracle writes')
-  file = parser.parse_args(argv).file
-  try:
-    print(json.dumps(oracle_errors(read_oracle(file))))
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
-  return 0
+  print(json.dumps(oracle_errors(read_oracle(parser.parse_args(argv).file))))
 
 
 if __name__ == '__main__':

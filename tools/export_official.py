@@ -19,7 +19,6 @@ refused.
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
 
-import argparse
 import json
 import pathlib
 import sys
@@ -30,6 +29,7 @@ from dpcap.errors import UserError
 from dpcap.models import official, weight_files
 from dpcap.training.checkpoints import read_model
 from dpcap.training.workdir import find_checkpoint
+from tools.arguments import Parser, program
 
 
 def export_official(checkpoint: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
@@ -61,22 +61,14 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     raise UserError(f'{path}: not the config of a run ({e!r})') from e
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Exports what the arguments name; returns the exit status."""
-  parser = argparse.ArgumentParser(
-    prog='python -m tools.export_official',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+@program
+def main(argv: list[str] | None) -> None:
+  """Exports what the arguments name."""
+  parser = Parser('tools.export_official', __doc__)
   parser.add_argument('checkpoint', metavar='CHECKPOINT', type=pathlib.Path)
   parser.add_argument('out', metavar='OUT.safetensors', type=pathlib.Path)
   options = parser.parse_args(argv)
-  try:
-    print(json.dumps(export_official(options.checkpoint, options.out)))
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
-  return 0
+  print(json.dumps(export_official(options.checkpoint, options.out)))
 
 
 if __name__ == '__main__':

@@ -21,7 +21,6 @@ text. Exits 2 if FILE or OUT is refused.
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
 
-import argparse
 import json
 import pathlib
 import sys
@@ -38,6 +37,7 @@ from dpcap.models.official import Description, OfficialFile, read_official
 from dpcap.training.checkpoints import Checkpoints
 from dpcap.training.step import TrainState
 from dpcap.training.workdir import publish_statement, write_whole
+from tools.arguments import Parser, program
 
 
 def import_official(file: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
@@ -87,22 +87,14 @@ def _config(description: Description) -> ml_collections.ConfigDict:
   return config
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Imports what the arguments name; returns the exit status."""
-  parser = argparse.ArgumentParser(
-    prog='python -m tools.import_official',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+@program
+def main(argv: list[str] | None) -> None:
+  """Imports what the arguments name."""
+  parser = Parser('tools.import_official', __doc__)
   parser.add_argument('file', metavar='FILE', type=pathlib.Path)
   parser.add_argument('out', metavar='OUT', type=pathlib.Path)
   options = parser.parse_args(argv)
-  try:
-    print(json.dumps(import_official(options.file, options.out)))
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
-  return 0
+  print(json.dumps(import_official(options.file, options.out)))
 
 
 if __name__ == '__main__':

@@ -36,12 +36,12 @@ from collections.abc import Iterable, Iterator
 from rich import progress
 from rich.console import Console
 
-from dpcap.data import tar_manifest
+from dpcap.data import tar_manifest, watchdog
 from dpcap.data.byte_ranges import is_local
 from dpcap.data.tar_index import THREADS, Counts, Index, Wanted, find_shards, total, try_index_shard
 from dpcap.data.tar_shards import IMAGE_KEYS, describe_counts, make_wanted
 from dpcap.errors import UserError
-from tools.arguments import Parser
+from tools.arguments import Parser, program
 
 _EXECUTORS = ('auto', 'processes', 'threads')
 _SECONDS_BETWEEN_LINES = 10.0
@@ -54,12 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   Raises:
     UserError: naming the option, its value and what is allowed.
   """
-  parser = Parser(
-    prog='python -m tools.index_shards',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = Parser('tools.index_shards', __doc__)
   add = parser.add_argument
   add('shards', nargs='+', metavar='SHARDS', help='folders, files, globs or brace ranges')
   add('--index_dir', help='where indexes go, a path or URL; beside the shards if not given')
@@ -92,7 +87,9 @@ def run_here(
     context = multiprocessing.get_context('forkserver')
     # Imported once, there, instead of in each process.
     context.set_forkserver_preload(['dpcap.data.tar_index'])
-    pool = concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context)
+    pool = concurrent.futures.ProcessPoolExecutor(
+      workers or os.cpu_count(), context, initializer=watchdog.follow_parent
+    )
   try:
     number_of = {
       pool.submit(try_index_shard, shard, wanted, index_dir): number
@@ -101,7 +98,8 @@ def run_here(
     for future in concurrent.futures.as_completed(number_of):
       yield number_of[future], future.result()
   finally:
-    pool.shutdown(cancel_futures=True)
+    # Processes end with this one, whatever they are at.
+    pool.shutdown(wait=executor == 'threads', cancel_futures=True)
 
 
 def show_progress(results: Iterable[tuple[int, Index]], shards: int) -> Iterator[tuple[int, Index]]:
@@ -151,7 +149,8 @@ def warn_of(samples: int, counts: Counts, wanted: Wanted) -> None:
     print('WARNING, fewer than half can be used:' if few else 'note:', said, file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str] | None) -> int:
   """Indexes what the options name; returns the exit status."""
   start = time.perf_counter()
   try:
@@ -162,12 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     results = run_here(shards, wanted, options.index_dir, options.executor, options.workers)
     indexes = [index for _, index in sorted(show_progress(results, len(shards)))]
     tar_manifest.write(manifest, indexes, wanted)
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
   except OSError as e:
-    print(f'error: {e.filename or "the manifest"}: {e.strerror or e}', file=sys.stderr)
-    return 2
+    raise UserError(f'{e.filename or "the manifest"}: {e.strerror or e}') from e
   used = [index for index in indexes if index.count]
   damaged = [index for index in indexes if not index.count]
   for index in damaged[:_NAMED]:

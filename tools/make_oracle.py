@@ -14,9 +14,9 @@ file made by the reference implementation.
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
 
-import argparse
 import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from dpcap.models import MAE, Captioner
 from dpcap.models.positions import image_positions, text_positions
 from dpcap.models.reference_weights import to_reference
+from tools.arguments import Parser, program
 
 # Sizes that differ wherever they can, so that a transposed array shows; a file under 100 KB.
 IMAGE_SIZE, TEXT_LENGTH, BATCH = 12, 7, 4
@@ -104,7 +105,7 @@ def make_mae_oracle(seed: int) -> dict[str, np.ndarray]:
     outputs = {
       'out/encoder': model.apply(variables, image, noise, method='encode'),
       'out/prediction': model.apply(variables, image, noise, method='paint')[0],
-      'out/block_means': model.apply(variables, image, of='all_blocks', method='features'),
+      'out/block_means': model.apply(variables, image, layers='all_blocks', method='features'),
     }
     loss, grad = jax.value_and_grad(loss_fn)(params)
     return outputs | {'out/loss': loss}, grad
@@ -130,7 +131,7 @@ def _moved(params: dict, rng: np.random.Generator) -> dict:
 
 
 def _clipped(prefix: str, grads: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Norms of the examples' gradients, the clip norm, and the sum of what clipping leaves of them."""
+  """Norms of the examples' gradients, the clip norm, and the sum of the clipped gradients."""
   norms = np.sqrt([sum(np.sum(g**2) for g in grad.values()) for grad in grads])
   clip_norm = np.mean(norms)  # some examples are clipped, some are not
   factors = np.minimum(1, clip_norm / norms)
@@ -175,17 +176,17 @@ def _untrained(model: Captioner, frozen: dict, rng: np.random.Generator) -> dict
   return {name: np.float32(x[None]) for name, x in arrays.items()}
 
 
-def main():
-  parser = argparse.ArgumentParser(
-    prog='python -m tools.make_oracle', description=__doc__.split('\n')[0]
-  )
+@program
+def main(argv: list[str] | None) -> None:
+  """Writes the file that the arguments name."""
+  parser = Parser('tools.make_oracle', __doc__)
   parser.add_argument('file', help='the npz file to write')
   parser.add_argument('--model', choices=['captioner', 'mae'], default='captioner')
-  arguments = parser.parse_args()
+  arguments = parser.parse_args(argv)
   jax.config.update('jax_enable_x64', True)
   make = make_mae_oracle if arguments.model == 'mae' else make_oracle
   np.savez_compressed(arguments.file, **make(seed=0))
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

@@ -8,7 +8,8 @@ else. `paper` is configs/dpcap.py and the like: it prints the commands, and with
 trainings through a launcher (--launch='launch/slurm.sh --nodes=4 --gpus_per_node=8'); results that
 are there are read. SIGTERM stops with status 143, and the same command goes on: runs and
 evaluations that are done, also by other tables, are not done again. A row that fails has no value
-and says why.
+and says why; nor has one whose images are not known, or declared, to be apart from the training
+data: tables can be published.
 
 DIR/TABLE.md, .json and .png hold the table; DIR/runs the runs. The last line on stdout is JSON:
 {"table", "scale", "rows": [{"name", "group", "paper", "source", "value", "low", "high" (95%),
@@ -27,32 +28,28 @@ import sys
 from absl import logging
 
 from dpcap.errors import UserError
-from tools.arguments import Parser
+from tools.arguments import Parser, program
 from tools.reproduce_parts import output, scales
 from tools.reproduce_parts.study import Study
 from tools.runs import provenance
 from tools.tables import TABLES
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Makes the table that the arguments name; returns the exit status."""
-  try:
-    options = parse(sys.argv[1:] if argv is None else argv)
-    made = make(options.table, options.scale, options.workdir, options.launch)
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+@program
+def main(argv: list[str] | None) -> None:
+  """Makes the table that the arguments name."""
+  options = parse(argv)
+  made = make(options.table, options.scale, options.workdir, options.launch)
   print(json.dumps(made, allow_nan=False), flush=True)
-  return 0
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
   """The checked arguments.
 
   Raises:
     UserError: naming the one that is wrong, and what is allowed.
   """
-  parser = Parser(prog='python -m tools.reproduce', description=__doc__, allow_abbrev=False)
+  parser = Parser('tools.reproduce', __doc__)
   parser.add_argument('table', choices=TABLES)
   parser.add_argument('--scale', choices=scales.SCALES, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)

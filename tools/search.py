@@ -40,22 +40,18 @@ import sys
 
 from absl import logging
 
-from dpcap.errors import UserError
+from tools.arguments import program
 from tools.runs import Runs, provenance, say
 from tools.search_parts import law, measuring, output, planner
 from tools.search_parts.options import Options, parse
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Does what the arguments ask for; returns the exit status."""
-  try:
-    options = parse(sys.argv[1:] if argv is None else argv, __doc__)
-    found = sweep(options) if options.choices else search(options)
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+@program
+def main(argv: list[str] | None) -> None:
+  """Does what the arguments ask for."""
+  options = parse(argv, __doc__)
+  found = sweep(options) if options.choices else search(options)
   print(json.dumps(found, allow_nan=False), flush=True)
-  return 0
 
 
 def search(options: Options) -> dict:

@@ -36,7 +36,7 @@ def color_jitter(
   probability: float,
   rng: np.random.Generator,
 ) -> np.ndarray:
-  """Changes the colours of an image at random, as torchvision's ColorJitter does with Pillow images.
+  """Changes the colours of an image at random, as torchvision's ColorJitter those of Pillow.
 
   Four changes in random order: a blend of the image with black, with the mean of its grey, with
   its own grey, each by a factor of its own (1: as it is), and a turn of the hue.

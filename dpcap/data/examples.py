@@ -127,7 +127,9 @@ class Transform:
 
 def unit(fields: Sequence[str]) -> str:
   """What one record is to a model that takes these fields of it: the unit of privacy, in words."""
-  return 'image-text pair' if 'tokens' in fields else 'labelled image' if 'label' in fields else 'image'
+  if 'tokens' in fields:
+    return 'image-text pair'
+  return 'labelled image' if 'label' in fields else 'image'
 
 
 def check_known(label: int) -> int:

@@ -42,8 +42,8 @@ class FirstLook(NamedTuple):
 def look_at(source: Source, fields: Sequence[str]) -> FirstLook:
   """Looks at up to RECORDS records at equal distances, always the same ones.
 
-  Captions, labels and the headers of images are looked at, pixels are not: what may take long or end the
-  process is left to the workers.
+  Captions, labels and the headers of images are looked at, pixels are not: what may take long or
+  end the process is left to the workers.
 
   Args:
     source: of the run.

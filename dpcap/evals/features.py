@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
   Attributes:
     features: one of FEATURES.
-    layers: one of the model's own FEATURES; None of what is not of a model.
+    layers: one of the model's own LAYERS; None of what is not of a model.
   """
 
   features: str
@@ -68,7 +68,7 @@ def choose(
 
   Args:
     evaluator: its name, for the error.
-    model: the module or its class, which lists what it has under FEATURES.
+    model: the module or its class, which lists what it has under LAYERS.
     features: one of FEATURES.
     layers: one of the model's own; None: its first.
 
@@ -81,12 +81,12 @@ def choose(
         f'{evaluator}: layers is {layers!r}; features={features} has none, leave it None'
       )
     return Choice(features, None)
-  if layers is not None and layers not in model.FEATURES:
+  if layers is not None and layers not in model.LAYERS:
     name = (model if isinstance(model, type) else type(model)).__name__
     raise UserError(
-      f'{evaluator}: layers is {layers!r}; those of the {name} are {", ".join(model.FEATURES)}'
+      f'{evaluator}: layers is {layers!r}; those of the {name} are {", ".join(model.LAYERS)}'
     )
-  return Choice(features, layers or model.FEATURES[0])
+  return Choice(features, layers or model.LAYERS[0])
 
 
 def extract_pair(
@@ -149,7 +149,7 @@ def make_embed(subject: Subject, choice: Choice) -> Callable[[Any, np.ndarray], 
     if choice.features in _OF_IMAGES:
       return _OF_IMAGES[choice.features](images)
     images = data.normalize(images)
-    return subject.model.apply(variables, images, of=choice.layers, method='features')
+    return subject.model.apply(variables, images, layers=choice.layers, method='features')
 
   return embed
 

@@ -6,10 +6,12 @@ axes), with trained parameters in the collection 'params' and constants in 'froz
 - INPUTS: the fields of an example that the call takes, in order: of 'image' (normalised floats
   (..., H, W, 3)), 'tokens' (..., L), 'label' (...,) and 'key' (..., 2), random bits of the
   example's own in this step, for `jax.random.wrap_key_data`;
+- LOSS_UNIT: what the loss is in, for people;
 - KEYS: its own entries of the config's section `model`;
 - make(image_size, vocab_size, remat, **keys): the module, or a UserError that names the key;
 - about(): what it is, in words that begin with its kind;
-- features(images): what evaluations take of it, float32 (..., D).
+- features(images, layers): what evaluations take of it, float32 (..., D); LAYERS lists of which
+  layers it can be, the default first.
 
 What else an evaluation needs it looks for by name, as `logits` or `text_loss`.
 """

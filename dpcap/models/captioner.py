@@ -37,9 +37,10 @@ class Captioner(nn.Module):
   """
 
   INPUTS = ('image', 'tokens')
+  LOSS_UNIT = 'nats per token'
   KEYS = keys.TRANSFORMER
   # What `features` can be of; the first is the default.
-  FEATURES = ('memory', 'encoder', 'projection', 'all_blocks')
+  LAYERS = ('memory', 'encoder', 'projection', 'all_blocks')
   # The top-level parameters that features depend on.
   FEATURE_PARTS = ('encoder', 'memory_projection')
 
@@ -108,18 +109,19 @@ class Captioner(nn.Module):
       + self.memory_type_embedding.astype(memory_SxD.dtype)
     )
 
-  def features(self, image_HxWx3: jax.Array, of: str = FEATURES[0]) -> jax.Array:
+  def features(self, image_HxWx3: jax.Array, layers: str = LAYERS[0]) -> jax.Array:
     """Image features for probing, (..., D), at least float32.
 
     Args:
       image_HxWx3: (..., H, W, 3).
-      of: the mean over the tokens of the 'memory', which is the paper's; of the 'encoder', after
-        its last LayerNorm; of their 'projection', before positions and type embedding are added. Or
-        'all_blocks': that over the patches after every block, side by side, as ViP probes.
+      layers: the mean over the tokens of the 'memory', which is the paper's; of the 'encoder',
+        after its last LayerNorm; of their 'projection', before positions and type embedding are
+        added. Or 'all_blocks': that over the patches after every block, side by side, as ViP
+        probes.
     """
-    if of == 'all_blocks':
+    if layers == 'all_blocks':
       return self.encoder(image_HxWx3, block_means=True)
-    tokens = {'memory': self.memory, 'encoder': self.encode, 'projection': self.project}[of]
+    tokens = {'memory': self.memory, 'encoder': self.encode, 'projection': self.project}[layers]
     return jnp.mean(at_least_float32(tokens(image_HxWx3)), axis=-2)
 
   def decode(self, memory_SxD: jax.Array, tokens_T: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ Nothing here mixes examples. Modules take one example or any leading axes; shape
 those out.
 """
 
+from typing import Self
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from dpcap.models.precision import at_least_float32
 
 
 class Classifier(nn.Module):
-  """Label of an image. A subclass says its KIND, its KEYS, and how they `make` the encoder.
+  """Label of an image. A subclass says its KIND, its KEYS, and in `make_encoder` what they make.
 
   Use: `variables = model.init(key, image, label)`; all of them are trained (`variables['params']`,
   float32). Images are (..., H, W, 3), normalised floats; labels (...,) whole numbers.
@@ -28,8 +30,9 @@ class Classifier(nn.Module):
   """
 
   INPUTS = ('image', 'label')
+  LOSS_UNIT = 'nats'
   # What `features` can be of.
-  FEATURES = ('pooled',)
+  LAYERS = ('pooled',)
   # The top-level parameters that features depend on.
   FEATURE_PARTS = ('encoder',)
 
@@ -37,6 +40,26 @@ class Classifier(nn.Module):
   classes: int
   head_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
   dtype: jnp.dtype = jnp.float32
+
+  @classmethod
+  def make(
+    cls, *, image_size: int, vocab_size: int, remat: bool, classes: int, dtype: str, **own
+  ) -> Self:
+    """See `dpcap.models.make_model`; images may have any size, all activations are kept."""
+    del image_size, vocab_size
+    if remat:
+      raise UserError('remat=True goes with transformers only; set mesh.remat to False')
+    dtype = keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)]
+    return cls(cls.make_encoder(dtype=dtype, **own), classes, dtype=dtype)
+
+  @staticmethod
+  def make_encoder(*, dtype: jnp.dtype, **own) -> nn.Module:
+    """The encoder that a subclass's own KEYS describe.
+
+    Raises:
+      UserError: naming the key that is wrong.
+    """
+    raise NotImplementedError
 
   @nn.nowrap
   def about(self) -> str:
@@ -46,9 +69,9 @@ class Classifier(nn.Module):
   def setup(self):
     self.head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=self.head_init)
 
-  def features(self, image_HxWx3: jax.Array, of: str = FEATURES[0]) -> jax.Array:
+  def features(self, image_HxWx3: jax.Array, layers: str = LAYERS[0]) -> jax.Array:
     """Image features for probing (..., D): what the head reads."""
-    del of  # there is one kind
+    del layers  # there is one kind
     return self.encoder(image_HxWx3)
 
   def logits(self, image_HxWx3: jax.Array) -> jax.Array:
@@ -67,13 +90,3 @@ KEYS = {
   'classes': Key(int, 10, 'how many labels the source has', check=POSITIVE),
   'dtype': keys.DTYPE,
 }
-
-
-def refuse_remat(remat: bool) -> None:
-  """For models that keep all activations.
-
-  Raises:
-    UserError: if `remat` asks to compute some of them again.
-  """
-  if remat:
-    raise UserError('remat=True goes with transformers only; set mesh.remat to False')

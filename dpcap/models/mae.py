@@ -27,7 +27,7 @@ _small_normal = nn.initializers.normal(0.02)
 
 
 class MAE(nn.Module):
-  """Masked autoencoder (He et al. 2022), as ViP has it (Yu et al. 2023).
+  """Masked autoencoder (He et al. 2022), as ViP has it (Yu et al. 2024).
 
   Use: `variables = model.init(jax.random.key(0), image, key)`; all of them are trained
   (`variables['params']`, float32). Every method takes one example or any leading axes `...`,
@@ -51,6 +51,7 @@ class MAE(nn.Module):
   """
 
   INPUTS = ('image', 'key')
+  LOSS_UNIT = 'squared error of a pixel'
   KEYS = keys.TRANSFORMER | {
     'encoder_of': Key(
       str,
@@ -72,7 +73,7 @@ class MAE(nn.Module):
     ),
   }
   # What `features` can be of; the first is the default.
-  FEATURES = ('encoder', 'all_blocks')
+  LAYERS = ('encoder', 'all_blocks')
   # The top-level parameters that features depend on.
   FEATURE_PARTS = ('encoder',)
 
@@ -147,8 +148,8 @@ class MAE(nn.Module):
     """What it is, in words."""
     return (
       f'masked autoencoder (a ViT encoder of {self.depth} layers and width {self.width}, a decoder'
-      f' of {self.decoder_depth} layers and width {self.decoder_width}; {self.mask_ratio:.0%} of the'
-      ' patches removed)'
+      f' of {self.decoder_depth} layers and width {self.decoder_width}; {self.mask_ratio:.0%} of'
+      ' the patches removed)'
     )
 
   def setup(self):
@@ -214,17 +215,18 @@ class MAE(nn.Module):
     kept = _number_kept(noise_P.shape[-1], self.mask_ratio)
     return order_P[..., :kept], jnp.argsort(order_P, axis=-1)
 
-  def features(self, image_HxWx3: jax.Array, of: str = FEATURES[0]) -> jax.Array:
+  def features(self, image_HxWx3: jax.Array, layers: str = LAYERS[0]) -> jax.Array:
     """Image features for probing, (..., D), at least float32; nothing is masked.
 
     Args:
       image_HxWx3: (..., H, W, 3).
-      of: the mean over the patches of the 'encoder', after its last LayerNorm; or 'all_blocks': that
-        after every block, side by side, as ViP probes. The class token takes no part.
+      layers: the mean over the patches of the 'encoder', after its last LayerNorm; or
+        'all_blocks': that after every block, side by side, as ViP probes. The class token takes no
+        part.
     """
-    if of == 'all_blocks':
+    if layers == 'all_blocks':
       return self.encoder(image_HxWx3, block_means=True)
-    tokens = {'encoder': self.encode}[of]
+    tokens = {'encoder': self.encode}[layers]
     return jnp.mean(at_least_float32(tokens(image_HxWx3)[..., 1:, :]), axis=-2)
 
 

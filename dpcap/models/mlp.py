@@ -1,13 +1,12 @@
 """A multi-layer perceptron, for images as small and plain as MNIST's."""
 
 from collections.abc import Sequence
-from typing import Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpcap.key import Key
+from dpcap.key import COUNTS, Key
 from dpcap.models import classifier, keys
 from dpcap.models.precision import at_least_float32
 
@@ -23,38 +22,17 @@ class MLP(classifier.Classifier):
   KIND = 'multi-layer perceptron'
   KEYS = {
     **classifier.KEYS,
-    'widths': Key(
-      tuple,
-      (256, 128),
-      'of the hidden layers',
-      check=(
-        lambda x: bool(x) and all(type(n) is int and n > 0 for n in x),
-        'one or more whole numbers above 0',
-      ),
-    ),
+    'widths': Key(tuple, (256, 128), 'of the hidden layers', check=COUNTS),
     'activation': Key(
       str, 'tanh', 'after every hidden layer; bounded ones suit clipping', tuple(_ACTIVATIONS)
     ),
   }
 
-  @classmethod
-  def make(
-    cls,
-    *,
-    image_size: int,
-    vocab_size: int,
-    remat: bool,
-    classes: int,
-    dtype: str,
-    widths: Sequence[int],
-    activation: str,
-  ) -> Self:
-    """See `dpcap.models.make_model`; images may have any size."""
-    del image_size, vocab_size
-    classifier.refuse_remat(remat)
+  @staticmethod
+  def make_encoder(*, dtype: jnp.dtype, widths: Sequence[int], activation: str) -> nn.Module:
+    """See `Classifier`."""
     keys.one_of('activation', activation, _ACTIVATIONS)
-    dtype = keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)]
-    return cls(HiddenLayers(tuple(widths), activation, dtype), classes, dtype=dtype)
+    return HiddenLayers(tuple(widths), activation, dtype)
 
 
 class HiddenLayers(nn.Module):

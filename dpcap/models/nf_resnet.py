@@ -1,14 +1,13 @@
 """The normaliser-free residual network that TAN trains on ImageNet (Brock et al. 2021)."""
 
 from collections.abc import Sequence
-from typing import Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpcap.key import POSITIVE, Key
-from dpcap.models import classifier, keys
+from dpcap.key import COUNTS, POSITIVE, Key
+from dpcap.models import classifier
 from dpcap.models.convolution import Convolution
 from dpcap.models.precision import at_least_float32
 
@@ -40,37 +39,19 @@ class NFResNet(classifier.Classifier):
   KEYS = {
     **classifier.KEYS,
     'depths': Key(
-      tuple,
-      (3, 4, 6, 3),
-      'blocks of each stage; (3, 4, 23, 3) is NF-ResNet-101',
-      check=(
-        lambda x: bool(x) and all(type(n) is int and n > 0 for n in x),
-        'one or more whole numbers above 0',
-      ),
+      tuple, (3, 4, 6, 3), 'blocks of each stage; (3, 4, 23, 3) is NF-ResNet-101', check=COUNTS
     ),
     'width': Key(
       int, 64, 'channels of the stem; the first stage has four times as many', check=POSITIVE
     ),
   }
 
-  @classmethod
-  def make(
-    cls,
-    *,
-    image_size: int,
-    vocab_size: int,
-    remat: bool,
-    classes: int,
-    dtype: str,
-    depths: Sequence[int],
-    width: int,
-  ) -> Self:
-    """See `dpcap.models.make_model`; images may have any size."""
-    del image_size, vocab_size
-    classifier.refuse_remat(remat)
-    dtype = keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)]
-    encoder = NFResNetEncoder(tuple(depths), width, dtype)
-    return cls(encoder, classes, nn.initializers.normal(0.01), dtype)
+  head_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+
+  @staticmethod
+  def make_encoder(*, dtype: jnp.dtype, depths: Sequence[int], width: int) -> nn.Module:
+    """See `Classifier`."""
+    return NFResNetEncoder(tuple(depths), width, dtype)
 
 
 class NFResNetEncoder(nn.Module):

@@ -1,13 +1,11 @@
 """The wide residual network that TAN trains on CIFAR-10 (Sander et al. 2023; De et al. 2022)."""
 
-from typing import Self
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dpcap.key import POSITIVE, Key
-from dpcap.models import classifier, keys
+from dpcap.models import classifier
 from dpcap.models.convolution import Convolution
 from dpcap.models.group_norm import GroupNorm
 from dpcap.models.precision import at_least_float32
@@ -47,32 +45,18 @@ class WideResNet(classifier.Classifier):
     ),
   }  # fmt: skip
 
-  @classmethod
-  def make(
-    cls,
-    *,
-    image_size: int,
-    vocab_size: int,
-    remat: bool,
-    classes: int,
-    dtype: str,
-    depth: int,
-    width: int,
-    groups: int,
-    weight_standardization: bool,
-  ) -> Self:
-    """See `dpcap.models.make_model`; images may have any size."""
-    del image_size, vocab_size
-    classifier.refuse_remat(remat)
-    dtype = keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)]
-    encoder = WideResNetEncoder(
+  @staticmethod
+  def make_encoder(
+    *, dtype: jnp.dtype, depth: int, width: int, groups: int, weight_standardization: bool
+  ) -> nn.Module:
+    """See `Classifier`."""
+    return WideResNetEncoder(
       blocks=(depth - 4) // 6,
       width=width,
       groups=groups,
       standardized=weight_standardization,
       dtype=dtype,
     )
-    return cls(encoder, classes, dtype=dtype)
 
 
 class WideResNetEncoder(nn.Module):

@@ -44,13 +44,13 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
   """
   schedule = make_schedule(config, steps)
   if config.name == 'sgd':
-    decay = optax.add_decayed_weights(config.weight_decay, decaying)
+    decay = optax.add_decayed_weights(config.weight_decay or 0.0, decaying)
     return optax.chain(decay, optax.sgd(schedule, momentum=config.momentum or None))
   return optax.adamw(
     schedule,
     b1=0.9 if config.b1 is None else config.b1,
     b2=0.95 if config.b2 is None else config.b2,
-    weight_decay=config.weight_decay,
+    weight_decay=0.005 if config.weight_decay is None else config.weight_decay,
     mask=decaying,
   )
 

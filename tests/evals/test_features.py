@@ -175,7 +175,7 @@ def test_layers_left_out_are_the_models_first(subject):
   'model, options, message',
   [
     (MAE, ('model', 'memory'), "knn: layers is 'memory'; those of the MAE are encoder, all_blocks"),
-    (Captioner, ('untrained', 'all'), "layers is 'all'; those of the Captioner are memory, encoder"),
+    (Captioner, ('untrained', 'all'), "layers is 'all'; those of the Captioner are memory,"),
     (MAE, ('pixels', 'encoder'), "knn: layers is 'encoder'; features=pixels has none"),
   ],
 )
@@ -189,7 +189,7 @@ def test_extracted_are_the_layers_asked_for(subject):
   images = np.stack([data.normalize(source[i]['image']) for i in range(4)])
   for layers, dimension in (('memory', 16), ('all_blocks', 16)):
     found = extract(subject, None, 'model', layers, batch_size=4, size=4)
-    expected = subject.model.apply(subject.variables, images, of=layers, method='features')
+    expected = subject.model.apply(subject.variables, images, layers=layers, method='features')
     assert found.features.shape == (4, dimension)
     np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-5)
 

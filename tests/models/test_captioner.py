@@ -72,7 +72,7 @@ def run_all(model, variables, image, tokens):
   return (
     model.apply(variables, image, method='encode'),
     memory,
-    tuple(model.apply(variables, image, of=of, method='features') for of in Captioner.FEATURES),
+    tuple(model.apply(variables, image, layers=x, method='features') for x in Captioner.LAYERS),
     model.apply(variables, memory, tokens[..., :-1], method='decode'),
     model.apply(variables, image, tokens),
   )

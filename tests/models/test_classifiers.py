@@ -171,7 +171,7 @@ def test_agrees_with_a_direct_version_and_examples_do_not_mix(name):
   run = jax.jit(
     lambda images, labels: (
       model.apply({'params': params}, images, method='logits'),
-      model.apply({'params': params}, images, method='features', of='pooled'),
+      model.apply({'params': params}, images, method='features', layers='pooled'),
       model.apply({'params': params}, images, labels),
     )
   )

@@ -52,7 +52,7 @@ def outputs(model, variables, image, noise):
     model.apply(variables, image, noise, method='loss'),
     model.apply(variables, image, noise, method='encode'),
     *model.apply(variables, image, noise, method='paint'),
-    *(model.apply(variables, image, of=of, method='features') for of in MAE.FEATURES),
+    *(model.apply(variables, image, layers=name, method='features') for name in MAE.LAYERS),
   )
 
 

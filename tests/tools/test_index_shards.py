@@ -1,8 +1,12 @@
 """Indexing ahead of a run: what is left out, what is kept, what a second call does."""
 
+import contextlib
 import io
 import json
+import os
+import pathlib
 import tarfile
+import time
 
 import fsspec
 import pytest
@@ -126,6 +130,34 @@ def test_wrong_options_are_told_in_one_line(folder, capsys, options, reason):
   status, _, errors = run(capsys, folder, *options)
   assert status == 2 and errors.startswith('error: ') and reason in errors
   assert errors.count('\n') == 1
+
+
+def test_workers_end_with_the_program_however_that_ends(tmp_path, program):
+  (tmp_path / 'a.tar').write_bytes(shard(range(3)))
+  os.mkfifo(tmp_path / 'b.tar')  # whose reader waits for ever
+  command = ('tools.index_shards', str(tmp_path), '--executor=processes', '--workers=1')
+  process = program(*command, DPCAP_TEST_MARK=str(tmp_path))
+
+  def alive():
+    found = 0
+    for file in pathlib.Path('/proc').glob('[0-9]*/environ'):
+      with contextlib.suppress(OSError):
+        found += f'DPCAP_TEST_MARK={tmp_path}'.encode() in file.read_bytes()
+    return found
+
+  def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+      assert time.monotonic() < end
+      time.sleep(0.05)
+
+  wait_until(lambda: len(list(tmp_path.iterdir())) > 2)  # the index of the first shard
+  assert alive() > 1
+  process.kill()
+  try:
+    wait_until(lambda: not alive())
+  finally:  # a worker that is left over holds the pipes
+    os.close(os.open(tmp_path / 'b.tar', os.O_RDWR))
 
 
 def write(path, members):

@@ -8,6 +8,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from dpcap import config as config_lib
 from dpcap.errors import UserError
 from dpcap.training.mesh import DATA, MODEL, Layout
 from tests import tiny
@@ -87,6 +88,14 @@ def test_what_a_device_sends():
     'all-gather of parameters': 64 * 33 * 4 * 3 // 4,
   }
   assert sum(memory.collectives(parts, _layout(1)).values()) == 0
+
+
+def test_a_model_without_blocks_has_its_operations_too():
+  config = tiny.get_config()
+  config.model = config_lib.model_config('mlp', widths=(8,))
+  config.privacy.clipping = 'vmap'
+  # Forward, and backward for the kernels.
+  assert memory.flops_per_example(config, 50) > 2 * 2 * 16 * 16 * 3 * 8
 
 
 def test_the_program_prints_a_plan(program):

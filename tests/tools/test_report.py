@@ -517,6 +517,34 @@ def test_values_that_are_not_finite(tmp_path):
   assert 'Epsilon spent' not in text and 'Learning rate' not in text
 
 
+@pytest.mark.parametrize('model, unit', [('mlp', 'nats'), ('captioner', 'nats per token')])
+def test_a_run_without_privacy_has_no_norms_and_its_model_says_what_its_loss_is_in(
+  tmp_path, monkeypatch, model, unit
+):
+  def change(config):
+    config.model, config.evals = config_lib.model_config(model), {}
+
+  units, panel = {}, page.panel
+
+  def noting(lines, curve, *target):
+    units[curve.key] = curve.unit
+    return panel(lines, curve, *target)
+
+  monkeypatch.setattr(page, 'panel', noting)
+  lines = [{'step': 4, 'loss': 3.5}]
+  statement = {'private': False, 'epsilon': {'pld': None}}
+  found = pages(tmp_path, statement=statement, change=change, diagnostics=lines)
+  text = found['report.private.html']
+  assert '3.5000 at step 4' in plain(text) and 'Gradient norm' not in plain(text)
+  assert units['loss'] == unit
+
+
+def test_weights_that_were_imported_are_no_run(tmp_path):
+  write_run(tmp_path, statement={'origin': {'file': 'x.npz'}})
+  with pytest.raises(UserError, match=f'{tmp_path}: holds weights that were imported'):
+    read_run(tmp_path)
+
+
 def test_the_vocabulary_may_be_elsewhere(tmp_path):
   def change(config):
     config.data.vocabulary = '/nonexistent/words.txt'

@@ -50,6 +50,7 @@ class Started:
       for name, entry in json.loads(config_lib.to_json(config))['evals'].items():
         figures = {'value': 0.6, 'interval95': [0.5, 0.7]}
         record = figures | {'n': 100, 'chance': 0.25, 'checkpoint': f'/x/{config.train.steps}'}
+        record['uses_training_data'] = False
         record['options'] = {k: v for k, v in entry.items() if k not in ('name', 'apart')}
         record['shots'] = {str(k): figures for k in record['options'].get('shots', ())}
         (folder / 'evals' / f'{name}.json').write_text(json.dumps(record))
@@ -63,7 +64,8 @@ class Started:
 
 
 def _subprocess(popen):
-  return types.SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT, run=subprocess.run)
+  kept = {name: getattr(subprocess, name) for name in ('PIPE', 'STDOUT', 'run')}
+  return types.SimpleNamespace(Popen=popen, **kept)
 
 
 @pytest.fixture(name='started')
@@ -110,11 +112,13 @@ def test_every_table_can_be_made(name, tmp_path, started, capsys):
     assert finding['holds'] is (True if 'chance' in finding['name'] else None)
   kept = json.loads((tmp_path / f'{name}.json').read_text())
   assert {key: kept[key] for key in made} == made
-  assert {' '.join(['python', *command[1:]]) for command in started.commands} <= set(kept['commands'])
+  commands = {' '.join(['python', *command[1:]]) for command in started.commands}
+  assert commands <= set(kept['commands'])
   assert kept['date'] and kept['commit']
   assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
   text = (tmp_path / f'{name}.md').read_text()
   assert '60.0%' in text and '50.0% to 70.0%' in text and kept['commit'] in text
+  assert 'nothing is learnt' in text and '| chance |' in text and '| 25.0% |' in text
 
 
 def test_runs_are_shared_and_what_is_done_is_not_done_again(tmp_path, started):
@@ -134,7 +138,20 @@ def test_runs_are_shared_and_what_is_done_is_not_done_again(tmp_path, started):
   assert programs()[6:] == ['dpcap.evaluate'] * 2
 
 
+def test_what_may_come_from_training_images_stays_off_the_table(tmp_path, started):
+  reproduce.make('data', 'smoke', tmp_path)
+  private, damaged, _ = sorted(tmp_path.glob('runs/*/evals/*.json'))
+  for path, was in ((private, True), (damaged, None)):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'uses_training_data': was}))
+  before = len(started.commands)
+  rows = reproduce.make('data', 'smoke', tmp_path)['rows']
+  assert sorted(row['value'] is None for row in rows) == [False, True, True]
+  assert sum('count_linear_probe.apart=True' in (row['why'] or '') for row in rows) == 2
+  assert len(started.commands) == before
+
+
 def test_the_same_config_by_other_words_is_the_same_run(tmp_path):
+  assert scales.stage_of('paper', 'dpcap:nonprivate,synthetic') == 'textures:base,for_dpcap'
   runs = study.Study('cpu', tmp_path)
   assert runs.folder('dpcap:base') == runs.folder('dpcap:calibrated,epsilon8')
   assert runs.folder('dpcap:base') != runs.folder('dpcap:epsilon2')

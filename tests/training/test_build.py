@@ -189,4 +189,5 @@ def test_synthetic_examples_have_the_shapes_of_real_ones():
   assert examples['tokens'].shape == (3, 8) and examples['tokens'].dtype == np.int32
   assert 0 <= examples['tokens'].min() and examples['tokens'].max() < 50
   # Some padding, and targets before it.
-  assert np.all(examples['tokens'][:, -1] == 0) and np.all(np.any(examples['tokens'][:, 1:] > 0, axis=1))
+  assert np.all(examples['tokens'][:, -1] == 0)
+  assert np.all(np.any(examples['tokens'][:, 1:] > 0, axis=1))

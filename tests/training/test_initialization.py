@@ -220,10 +220,21 @@ def test_parts_without_weights_are_refused():
     config_lib.validate(config)
 
 
+MLP = {'name': 'mlp', 'classes': 8, 'widths': (8,)}  # the fastest to compile
+
+
+def make_mlp_state(seed):
+  model = models.make_model(**MLP, image_size=16, vocab_size=1)
+  init = jax.jit(model.init, out_shardings=Layout(make_mesh()).whole())
+  variables = init(jax.random.key(seed), np.zeros((16, 16, 3)), np.int32(0))
+  return TrainState(np.int32(0), variables['params'], {}, ())
+
+
 def _config(**train):
   """Two steps that move nothing."""
   config = tiny.get_config()
-  config.privacy.clipping = 'vmap'  # the fastest to compile
+  config.model, config.evals = config_lib.model_config(**MLP), {}
+  config.privacy.clipping = 'vmap'
   config.train.update(dict(steps=2, checkpoint_every=1) | train)
   config.optimizer.learning_rate = 1e-30
   return config
@@ -240,7 +251,7 @@ class _Crash(Exception):
 
 def test_a_run_starts_from_another_goes_on_without_it_and_says_so(tmp_path, monkeypatch, capfd):
   first, second = tmp_path / 'first', tmp_path / 'second'
-  save(first, make_state(1))
+  save(first, make_mlp_state(1))
   config = _config(init=str(first))
   began, one_step, record = [], loop._Run.one_step, privacy.KeyStore.record
 
@@ -260,8 +271,8 @@ def test_a_run_starts_from_another_goes_on_without_it_and_says_so(tmp_path, monk
     loop.train(config, second)
   assert len(began) == 2
   for variables in began:
-    same(variables, unrolled(make_state(1)))
-  assert f'starts from {first}/checkpoints/3: decoder, encoder, memory' in capfd.readouterr().err
+    same(variables, unrolled(make_mlp_state(1)))
+  assert f'starts from {first}/checkpoints/3: encoder, head (' in capfd.readouterr().err
   init = _statement(second)['init']
   assert init['path'] == f'{first}/checkpoints/3' and init['covered']
   assert 'generated data alone (scenes): nothing private' in _statement(second)['text']
@@ -271,11 +282,11 @@ def test_a_run_starts_from_another_goes_on_without_it_and_says_so(tmp_path, monk
   err = capfd.readouterr().err
   assert 'resuming after step 1' in err and 'starts from' not in err
   assert _statement(second)['steps'] == 2 and _statement(second)['init'] == init
-  got, theirs = unrolled(state), unrolled(make_state(1))
+  got, theirs = unrolled(state), unrolled(make_mlp_state(1))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-20), got, theirs)
   with pytest.raises(UserError, match='train.init = '):
     loop.train(_config(), second)
   # The next generation carries both.
-  following = start_from(str(second), ('encoder',), make_state(0)).record
+  following = start_from(str(second), ('encoder',), make_mlp_state(0)).record
   assert following['statement']['init'] == init
   assert following['statement']['data'] == {'source': 'scenes', 'generated': True}

@@ -61,7 +61,7 @@ def tan():
   """What TAN trains with: SGD at rate 4, without momentum or decay."""
   config = config_lib.base_config().optimizer
   config.name, config.schedule = 'sgd', 'constant'
-  config.learning_rate, config.weight_decay = 4.0, 0.0
+  config.learning_rate = 4.0
   return config
 
 
@@ -110,10 +110,10 @@ def test_sgd_with_momentum_and_decay_equals_a_direct_version():
       np.testing.assert_allclose(params[k], x[k], rtol=1e-4, atol=1e-6)
 
 
-def test_adamw_without_betas_has_those_of_the_recipe():
+def test_adamw_has_betas_and_decay_of_the_recipe_where_none_are_given():
   config = config_lib.base_config().optimizer
   given = config_lib.base_config().optimizer
-  given.b1, given.b2 = 0.9, 0.95
+  given.b1, given.b2, given.weight_decay = 0.9, 0.95, 0.005
   params = {'kernel': jnp.ones((2, 2))}
   grads = [{'kernel': jnp.array([[1.0, -2.0], [3.0, 0.1]]) * i} for i in (1, -1, 2)]
   for (a, _), (b, _) in zip(steps(config, params, grads), steps(given, params, grads), strict=True):

@@ -96,7 +96,8 @@ def chunk_shapes(config: ml_collections.ConfigDict) -> PyTree:
 def flops_per_example(config: ml_collections.ConfigDict, vocab_size: int) -> float:
   """Of one example: XLA counts the body of a loop once, so blocks must not be scanned."""
   unrolled = config.copy_and_resolve_references()
-  unrolled.model.scan_blocks = False
+  if 'scan_blocks' in unrolled.model:
+    unrolled.model.scan_blocks = False
   step, state = make_parts(unrolled, vocab_size)
   accumulator = jax.eval_shape(step.zero, state.params)
   lowered = step.accumulate.lower(state, accumulator, *chunk_shapes(config))

@@ -14,6 +14,7 @@ import ml_collections
 import optax
 
 from dpcap import config as config_lib
+from dpcap import models
 from dpcap.errors import UserError
 from dpcap.training import build
 from dpcap.training.mesh import Layout, make_mesh
@@ -30,7 +31,7 @@ _METRICS = (
   Curve('images_per_second', 'Throughput', 'images / s', ',.0f', 'accent'),
 )
 _DIAGNOSTICS = (
-  Curve('loss', 'Loss', 'nats per token', ',.4f', 'private'),
+  Curve('loss', 'Loss', '', ',.4f', 'private'),
   Curve('gradient_norm', 'Gradient norm', 'mean per example', ',.4g', 'private'),
   Curve('clip_fraction', 'Clipped examples', 'share of the batch', '.1%', 'private'),
 )
@@ -185,7 +186,9 @@ def _training(run: Run) -> str:
 
 
 def _diagnostics(run: Run) -> str:
-  panels = ''.join(panel(run.diagnostics, curve) for curve in _DIAGNOSTICS)
+  units = {'loss': models.MODELS[run.config.model.name].LOSS_UNIT}
+  curves = [curve._replace(unit=units.get(curve.key, curve.unit)) for curve in _DIAGNOSTICS]
+  panels = ''.join(panel(run.diagnostics, curve) for curve in curves)
   return (
     '<div class="private"><p><strong>Private: do not publish.</strong> These diagnostics come'
     ' from the training data and lie outside the guarantee.</p>'

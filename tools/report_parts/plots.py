@@ -73,7 +73,8 @@ def panel(lines: Sequence[dict[str, Any]], curve: Curve, target: float | None = 
     target: where a dashed line goes.
   """
   steps = np.array([line['step'] for line in lines])
-  values = np.array([line[curve.key] for line in lines], float)  # None becomes NaN
+  # What a run does not measure is absent, what it could not is None: both become NaN.
+  values = np.array([line.get(curve.key) for line in lines], float)
   finite = np.isfinite(values)
   if not finite.any():
     return ''

@@ -10,8 +10,8 @@ from tools.report_parts.run import Run
 def comparable(run: Run) -> list[list[dict[str, Any]]]:
   """The probes of a run in groups with the same train and test sources, and layers of a model.
 
-  What is not of a model (pixels) is in each. The model's own features come first in a group, then the
-  best.
+  What is not of a model (pixels) is in each. The model's own features come first in a group, then
+  the best.
   """
   records = [record for record in run.evals.values() if is_probe(record)]
   sources = lambda record: json.dumps([record['options']['train'], record['options']['test']])

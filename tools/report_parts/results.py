@@ -46,7 +46,9 @@ def _probe_group(group: Sequence[dict[str, Any]]) -> str:
   classes = first['classes']
   names = f' ({escape(", ".join(classes))})' if len(classes) <= _LISTED_CLASSES else ''
   chance = 1 / len(classes)
-  rows = ''.join(_row(record, escape(probes.features(record)), chance, _own(record)) for record in group)
+  rows = ''.join(
+    _row(record, escape(probes.features(record)), chance, _own(record)) for record in group
+  )
   drawn = group if len(classes) <= _DRAWN_CLASSES else ()
   return (
     f'<div class="group"><p class="verdict">{escape(probes.verdict(group))}</p><p class="about">'

@@ -35,7 +35,7 @@ class Run(NamedTuple):
   def epsilon_text(self) -> str:
     """The guarantee in a few words."""
     if not self.statement['private']:
-      return 'NO PRIVACY: epsilon is infinite'
+      return 'NO PRIVACY'
     own, composed = self.statement, self.with_start
     return _epsilon_text(own) + (f'; with its start {_epsilon_text(composed)}' if composed else '')
 
@@ -61,14 +61,17 @@ def read_run(workdir: pathlib.Path) -> Run:
     UserError: if it is not the workdir of a run with a checkpoint, or a file is damaged.
   """
   config = ml_collections.ConfigDict(_read_json(workdir / 'config.json'))
+  publish_statement(workdir)
+  statement = _read_json(workdir / 'privacy.json')
+  if 'origin' in statement:
+    raise UserError(f'{workdir}: holds weights that were imported; a report is of a run')
   try:
     config_lib.validate(config)
   except UserError as e:
     raise UserError(f'{workdir / "config.json"}: {e}') from e
-  publish_statement(workdir)
   return Run(
     config=config,
-    statement=_read_json(workdir / 'privacy.json'),
+    statement=statement,
     metrics=_read_lines(workdir / metrics.METRICS),
     diagnostics=_read_lines(workdir / metrics.DIAGNOSTICS),
     evals={path.stem: _read_json(path) for path in sorted(workdir.glob('evals/*.json'))},

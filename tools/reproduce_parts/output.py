@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib import figure
+from matplotlib import figure, ticker
 
 from tools.reproduce_parts.table import Finding, Measured
 
@@ -41,7 +41,7 @@ def markdown(title: str, table: dict[str, Any], made: dict[str, Any], number: st
   """The table, its findings and how it was made."""
   more = [key for key in _MORE if any(row.get(key) is not None for row in table['rows'])]
   head = ['', 'paper', 'measured', '95% interval', 'epsilon', *(_MORE[key][0] for key in more), 'n']
-  lines = [f'# {title}', '', f'Scale: {table["scale"]}.', '']
+  lines = [f'# {title}', '', f'Scale: {table["scale"]}{_SCALES.get(table["scale"], "")}.', '']
   lines += [_line(head), _line(['---'] * len(head))]
   for row in table['rows']:
     between = '' if row['low'] is None else f'{row["low"]:{number}} to {row["high"]:{number}}'
@@ -71,8 +71,12 @@ def markdown(title: str, table: dict[str, Any], made: dict[str, Any], number: st
   return '\n'.join(lines + (['```', *commands, '```', ''] if commands else []))
 
 
+# What a reader must know of one.
+_SCALES = {'smoke': ', which shows that all works: nothing is learnt'}
+
 # Columns that some tables have: key of the row -> title, format.
 _MORE = {
+  'chance': ('chance', '.1%'),
   'layers': ('features', 's'),
   'noise_multiplier': ('sigma', '.4g'),
   'epsilon_rdp': ('epsilon (RDP)', '.3f'),
@@ -93,13 +97,16 @@ def _cell(value: float | str | None, number: str) -> str:
 
 
 def draw(path: pathlib.Path, title: str, rows: Sequence[Measured], number: str) -> None:
-  """A dot with its interval for each row, a cross for the paper's figure; a panel each group."""
+  """A dot with its interval for each row, dashes at chance, a cross for the paper's figure; a panel
+  each group."""
   groups = list(dict.fromkeys(row['group'] for row in rows))
   drawing = figure.Figure((7, 0.9 + 0.28 * len(rows) + 0.5 * len(groups)), layout='constrained')
   heights = [sum(row['group'] == group for row in rows) for group in groups]
   panels = drawing.subplots(len(groups), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
   for axes, group in zip(panels, groups):
     own = [row for row in rows if row['group'] == group]
+    for chance in {row['chance'] for row in own} - {None}:
+      axes.axvline(chance, color=_INK, linewidth=0.8, linestyle='--')
     for place, row in enumerate(own):
       if row['low'] is not None:
         axes.plot([row['low'], row['high']], [place] * 2, color=_ACCENT, linewidth=2)
@@ -114,7 +121,13 @@ def draw(path: pathlib.Path, title: str, rows: Sequence[Measured], number: str) 
     axes.set_yticks(range(len(own)), [row['name'] for row in own], fontsize=8)
     axes.set_ylim(len(own) - 0.4, -0.6)
     axes.set_title(group, fontsize=8, loc='left', color=_INK)
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f'{x:{number}}'))
+    axes.tick_params(axis='x', labelsize=8)
     axes.grid(axis='x', color=_LINE, linewidth=0.6)
     axes.spines[['top', 'right', 'left']].set_visible(False)
-  drawing.suptitle(f'{title} (x: the paper)', fontsize=9)
+  told = [
+    '  --: chance' if any(row['chance'] is not None for row in rows) else '',
+    '  x: the paper' if any(row['paper'] is not None for row in rows) else '',
+  ]
+  drawing.suptitle(title + ''.join(told), fontsize=9)
   drawing.savefig(path, dpi=150, metadata={'Software': None})

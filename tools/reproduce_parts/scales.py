@@ -43,5 +43,5 @@ def stage_of(scale: str, run: str) -> str | None:
   if load(training_config(scale, run)).train.init is None:
     return None
   file, _, words = run.partition(':')
-  sizes = [word for word in words.split(',') if word in dpcap.SIZES]
-  return f'textures:{",".join([*sizes, f"for_{file}"])}'
+  size = next((word for word in words.split(',') if word in dpcap.SIZES), dpcap.SIZES[0])
+  return f'textures:{size},for_{file}'

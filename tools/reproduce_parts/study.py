@@ -60,6 +60,11 @@ class Study:
     record = self._record(row.run, row.evaluation)
     if record is None:
       return measured | {'why': self._reasons.get(row.run, 'not run yet')}
+    if record.get('uses_training_data') is not False:
+      declare = f'--config.evals.{row.evaluation}.apart=True'
+      return measured | {
+        'why': f'private: its images may be training images; {declare} vouches that none is'
+      }
     part = record if row.shots is None else record['shots'][str(row.shots)]
     low, high = part['interval95']
     found = {'value': part['value'], 'low': low, 'high': high}

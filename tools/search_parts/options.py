@@ -44,7 +44,7 @@ class Options:
   choices: list[dict[str, Any]]
 
 
-def parse(argv: list[str], description: str) -> Options:
+def parse(argv: list[str] | None, description: str) -> Options:
   """The checked options.
 
   Raises:
@@ -90,12 +90,7 @@ def parse(argv: list[str], description: str) -> Options:
 
 
 def _read(argv, description) -> tuple[argparse.Namespace, dict[str, Any]]:
-  parser = Parser(
-    prog='python -m tools.search',
-    description=description,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = Parser('tools.search', description)
   number = lambda text: _number('a budget', text)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--config', default='configs/scenes.py:dpcap')
