@@ -24,6 +24,7 @@ import dpcap.ending  # noqa: F401, I001  before what takes long
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import importlib.metadata
 import json
 import multiprocessing
@@ -38,6 +39,7 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 
+from dpcap.data import watchdog
 from dpcap.data.tar_index import write_whole
 from dpcap.errors import UserError
 from tools.arguments import Parser
@@ -117,7 +119,9 @@ def draw_all(
     UserError: a set is damaged, or a renderer died.
   """
   context = multiprocessing.get_context('forkserver')
-  pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+  # Imported once, there, instead of in each process.
+  context.set_forkserver_preload(['tools.icon_parts.drawing'])
+  pool = concurrent.futures.ProcessPoolExecutor(workers, context, watchdog.follow_parent)
   running: dict[concurrent.futures.Future, str] = {}
 
   def finished(most: int) -> Iterator[tuple[str, Drawn]]:
@@ -136,7 +140,8 @@ def draw_all(
       yield from finished(2 * workers)
     yield from finished(0)
   finally:
-    pool.shutdown(cancel_futures=True)
+    # Who interrupts does not wait for a set of thousands: the processes end with this one.
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def show_progress(
@@ -181,7 +186,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
   package = Package(options.package)
   made_of['package'] = package.version
   claim(out, made_of)
-  finished = out / 'summary.json'
+  finished = out / 'summary.json'  # written last
   if finished.exists():
     return json.loads(finished.read_text())
   splits = {name: split_of(name, about) for name, about in sorted(package.collections.items())}

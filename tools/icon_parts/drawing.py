@@ -184,20 +184,17 @@ def draw(svg: str, side: int) -> bytes:
   Raises:
     Unusable: the renderer refuses it, or it comes out blank.
   """
-  import resvg_py  # optional; `check_renderer` said so if it is missing
+  import resvg_py  # optional, and asked for before
 
   try:
-    png = bytes(
-      resvg_py.svg_to_bytes(
-        # Fonts of this machine would make other pictures than those of another.
-        svg_string=svg, background='white', skip_system_fonts=True
-      )
-    )
-  except ValueError as error:
-    raise Unusable('broken') from error
-  image = Image.open(io.BytesIO(png)).convert('RGB')
-  if image.size != (side, side):
-    raise Unusable('broken')
+    # Fonts of this machine would make other pictures than those of another.
+    png = resvg_py.svg_to_bytes(svg_string=svg, background='white', skip_system_fonts=True)
+  except BaseException as error:
+    # What goes wrong inside of the renderer is no Exception.
+    if isinstance(error, ValueError) or type(error).__name__ == 'PanicException':
+      raise Unusable('broken') from error
+    raise
+  image = Image.open(io.BytesIO(bytes(png))).convert('RGB')
   darkest, lightest = image.convert('L').getextrema()
   if lightest - darkest < _LEAST_CONTRAST:
     raise Unusable('blank')
