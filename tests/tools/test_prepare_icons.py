@@ -16,7 +16,7 @@ from tools.icon_parts import drawing, splits
 
 # Draws what `at` and `gray` say, which stand for shapes: tests need no renderer.
 _RENDERER = """
-import io, re
+import io, os, re
 from PIL import Image
 def svg_to_bytes(svg_string, background, skip_system_fonts):
   side = int(re.search(r' width="(\\d+)"', svg_string)[1])
@@ -24,6 +24,8 @@ def svg_to_bytes(svg_string, background, skip_system_fonts):
   found = re.search(r'<p at="(\\d+)" gray="(\\d+)"/>', svg_string)
   if not found:
     raise ValueError('broken')
+  if found[2] == '13':
+    os._exit(1)
   image.paste((int(found[2]),) * 3, (int(found[1]), 0, side, side))
   out = io.BytesIO()
   image.save(out, 'PNG')
@@ -124,7 +126,7 @@ def test_a_package_becomes_splits_the_same_however_it_is_run(tmp_path, renderer,
   one, two = tmp_path / 'one', tmp_path / 'two'
   status, summary, _ = run(capsys, whole, one, '--side=16', '--workers=1')
   assert status == 0
-  status, _, errors = run(capsys, tmp_path / 'damaged.tgz', two, '--side=16', '--workers=2')
+  status, _, errors = run(capsys, tmp_path / 'damaged.tgz', two, '--side=16', '--workers=1')
   assert status == 2 and 'json/tabler.json is no design set' in errors
   assert (two / 'drawn/plain.json').exists()
   assert run(capsys, later, two, '--side=16', '--workers=2')[1] == summary
@@ -154,6 +156,12 @@ def test_a_package_becomes_splits_the_same_however_it_is_run(tmp_path, renderer,
   assert summary['left_out']['same picture as in another split'] == 2
   assert summary['left_out']['without a label'] == 1
   page = (one / 'DATA.md').read_text()
+  assert (
+    '| split | design sets | pictures | captions | labelled | shards |\n'
+    '| --- | --- | --- | --- | --- | --- |\n'
+    '| train | 1 | 3 | 6 | 1 | 1 |\n'
+  ) in page
+  assert '| calendar | 1 | 0 | 0 |' in page and '| sun | 0 | 1 | 0 |' in page
   assert '| tabler | A tabler | MIT | test | 1 |' in page
   assert '| solar | A solar | MIT | - | 0 |' in page and '| closed | A closed | GPL-3.0 | -' in page
 
@@ -177,6 +185,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, renderer, capsys, monkeypat
   cut = tmp_path / 'cut.tgz'
   cut.write_bytes((tmp_path / 'p.tgz').read_bytes()[:300])
   assert 'not a whole tarball' in refused(cut, out)
+  deadly = tmp_path / 'deadly'
+  write_package(deadly, jam=json.dumps(design_set({'sun': icon(1, gray=13)})))
+  assert 'the renderer died on an icon of one of' in refused(deadly, tmp_path / 'out3')
   (package / 'json/jam.json').unlink()
   assert 'it has no json/jam.json' in refused(package, out)
   (package / 'collections.json').unlink()

@@ -1,5 +1,6 @@
-"""From drawn design sets to the tar shards of each split, and the page that says what is in them."""
+"""From drawn design sets to the tar shards of each split, and the page on what is in them."""
 
+import collections
 import hashlib
 import io
 import json
@@ -138,11 +139,11 @@ def describe(package: Package, kept: dict[str, list[Entry]], summary: dict[str, 
     ' designers gave them; aliases are further captions of the same picture, which is one record.',
     '',
     'Splits are by design set. `train` is what a model learns from, `probe` fits linear probes,'
-    ' `test` tests. Of `probe` and `test` only pictures with a label are kept, and none that another'
-    ' split has too.',
+    ' `test` tests. Of `probe` and `test` only pictures with a label are kept, and none that'
+    ' another split has too.',
     '',
     *_table(
-      ('split', 'design sets', 'pictures', 'captions', 'labelled'),
+      ('split', 'design sets', 'pictures', 'captions', 'labelled', 'shards'),
       [(split, *counts.values()) for split, counts in summary['splits'].items()],
     ),
     '',
@@ -159,17 +160,15 @@ def describe(package: Package, kept: dict[str, list[Entry]], summary: dict[str, 
     'The pictures are the work of these authors, under their licences:',
     '',
   ]
-  sizes = {split: {} for split in SPLITS}
-  for split in SPLITS:
-    for entry in kept[split]:
-      sizes[split][entry.set] = sizes[split].get(entry.set, 0) + 1
+  sizes = collections.Counter(entry.set for split in SPLITS for entry in kept[split])
   rows = []
   for name, about in sorted(package.collections.items()):
     split = split_of(name, about)
     author = about.get('author', {}).get('name', '')
-    left_out = ', '.join(f'{n} {why}' for why, n in summary['left_out_by_set'].get(name, {}).items())
-    pictures = sizes[split].get(name, 0) if split else 0
-    rows.append((name, author, license_of(about) or 'unknown', split or '-', pictures, left_out))
+    reasons = summary['left_out_by_set'].get(name, {})
+    left_out = ', '.join(f'{count} {reason}' for reason, count in reasons.items())
+    licence = license_of(about) or 'unknown'
+    rows.append((name, author, licence, split or '-', sizes[name], left_out))
   head = ('design set', 'author', 'licence', 'split', 'pictures', 'icons that gave none')
   return '\n'.join([*lines, *_table(head, rows), ''])
 

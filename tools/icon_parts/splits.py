@@ -7,7 +7,7 @@ out has its kin in no split.
 
 from typing import Any
 
-SPLITS = ('train', 'probe', 'test')  # the others' pictures are left out where one of train equals
+SPLITS = ('train', 'probe', 'test')
 
 # Fits linear probes, so that none learns from the labels of what was trained on.
 _PROBE = ('iconoir', 'jam', 'lets-icons', 'mynaui', 'noto', 'ph', 'tdesign', 'uil')
@@ -30,8 +30,8 @@ _APART = (
 
 # SPDX names of licences under which pictures may be changed and passed on.
 _FREE = (
-  *('Apache-2.0', 'BSD-3-Clause', 'CC-BY-3.0', 'CC-BY-4.0', 'CC-BY-SA-4.0', 'CC0-1.0', 'ISC', 'MIT'),
-  *('MPL-2.0', 'OFL-1.1', 'Unlicense'),
+  *('Apache-2.0', 'BSD-3-Clause', 'CC-BY-3.0', 'CC-BY-4.0', 'CC-BY-SA-4.0', 'CC0-1.0', 'ISC'),
+  *('MIT', 'MPL-2.0', 'OFL-1.1', 'Unlicense'),
 )
 
 
