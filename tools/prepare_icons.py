@@ -42,7 +42,7 @@ from rich.console import Console
 from dpcap.data import watchdog
 from dpcap.data.tar_index import write_whole
 from dpcap.errors import UserError
-from tools.arguments import Parser
+from tools.arguments import Parser, program
 from tools.icon_parts import shards
 from tools.icon_parts.drawing import Drawn, draw_set, load_drawn
 from tools.icon_parts.package import BRING_IT, Package
@@ -58,12 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   Raises:
     UserError: naming the option, its value and what is allowed.
   """
-  parser = Parser(
-    prog='python -m tools.prepare_icons',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = Parser('tools.prepare_icons', __doc__)
   add = parser.add_argument
   add('package', nargs='?', metavar='PACKAGE', help='tarball or folder of @iconify/json')
   add('out', nargs='?', metavar='OUT', help='folder to write')
@@ -217,18 +212,15 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
   return summary
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Makes the data set; returns the exit status."""
+@program
+def main(argv: list[str] | None) -> None:
+  """Makes the data set and prints its summary."""
+  options = parse(argv)
   try:
-    summary = prepare(parse(argv))
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+    summary = prepare(options)
   except OSError as e:
-    print(f'error: {e.filename or "OUT"}: {e.strerror or e}', file=sys.stderr)
-    return 2
+    raise UserError(f'{e.filename or "OUT"}: {e.strerror or e}') from e
   print(json.dumps(summary))
-  return 0
 
 
 if __name__ == '__main__':
