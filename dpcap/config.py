@@ -171,7 +171,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _check_named(tree['data']['source'], SOURCES, 'data.source', 'name')
   for name, entry in tree['evals'].items():
     _check_named(entry, EVALUATORS, f'evals.{name}', 'name')
-    need = evals.NEEDS.get(entry['name'])
+    evaluator = evals.EVALUATORS[entry['name']]
+    need = evaluator.needs
     if need and not hasattr(models.MODELS[tree['model']['name']], need):
       able = [name for name, model in models.MODELS.items() if hasattr(model, need)]
       raise UserError(
@@ -185,8 +186,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         entry.get('features', 'model'),
         entry['layers'],
       )
-    if entry['name'] == 'captions':
-      _check_options(entry, f'evals.{name}', 'method', evals.CAPTION_METHODS)
+    for choice, variants in evaluator.variants.items():
+      _check_options(entry, f'evals.{name}', choice, variants)
   p = tree['privacy']
   if (p['epsilon'] is None) == (p['noise_multiplier'] is None):
     raise UserError(

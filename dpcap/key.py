@@ -1,7 +1,7 @@
 """An entry of a config: its type, its default and what is allowed.
 
-A model says its own keys in its class, as a dict KEYS, which dpcap/schema.py collects; all others
-stand there.
+Whatever has keys of its own says them in its own file: a model or a source in its class, as a dict
+KEYS, an evaluator in its EVALUATOR. dpcap/schema.py collects them, and has those of the sections.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ from dpcap.data.contents import (
   compare_kinds,
   known_apart,
 )
+from dpcap.data.drawn import DrawnSource
 from dpcap.data.epochs import AugmentedBatches
 from dpcap.data.examples import Example, Transform, unit
 from dpcap.data.first_look import look_at
@@ -22,7 +23,6 @@ from dpcap.data.pipeline import (
   EveryNth,
   LogicalBatches,
 )
-from dpcap.data.scenes import LABELS as SCENE_LABELS
 from dpcap.data.scenes import VOCABULARY_FILE as SCENES_VOCABULARY
 from dpcap.data.scenes import Scenes
 from dpcap.data.source import Source
@@ -47,8 +47,8 @@ __all__ = [
   'ImageList',
   'LogicalBatches',
   'Relation',
-  'SCENE_LABELS',
   'SCENES_VOCABULARY',
+  'SOURCES',
   'Scenes',
   'Source',
   'StoreError',
@@ -74,26 +74,31 @@ __all__ = [
 ]
 
 
+# name in the config -> class, which says its own keys under KEYS
+SOURCES = {
+  'scenes': Scenes,
+  'textures': Textures,
+  'tar_shards': TarShards,
+  'image_folder': ImageFolder,
+  'tfds': TfdsSource,
+}
+
+
 def make_source(name: str, image_size: int, **options) -> Source:
   """The source of that name.
 
   Args:
-    name: 'scenes', 'textures', 'tar_shards', 'tfds' or 'image_folder'.
+    name: key of SOURCES.
     image_size: side in pixels, for sources that draw their images.
     **options: the source's own arguments.
 
   Raises:
     UserError: if the source refuses its arguments or its files.
   """
-  if name == 'scenes':
-    return Scenes(image_size=image_size, **options)
-  if name == 'textures':
-    return Textures(image_size=image_size, **options)
-  if name == 'tfds':
-    return TfdsSource(**options)
-  if name == 'image_folder':
-    return ImageFolder(**options)
+  source = SOURCES[name]
+  if issubclass(source, DrawnSource):
+    options['image_size'] = image_size
   try:
-    return TarShards(**options)
+    return source(**options)
   except StoreError as e:
     raise UserError(f'{e.filename}: {e.strerror}') from e

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dpcap.data.contents import ImageFiles, read_image_ids
 from dpcap.data.source import BadRecord, Record
 from dpcap.errors import UserError
+from dpcap.key import GIVEN, Key
 
 _EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif')
 _FILES_PER_PART = 1024
@@ -32,6 +33,11 @@ class ImageFolder:
   Raises:
     UserError: if the folder is missing, holds no class, or a class has no image.
   """
+
+  KEYS = {
+    'path': Key(str, '', 'folder of the splits, in them one of each class', check=GIVEN),
+    'split': Key(str, '', 'folder of the split', check=GIVEN),
+  }
 
   def __init__(self, path: str, split: str):
     root = pathlib.Path(path) / split

@@ -17,6 +17,7 @@ import numpy as np
 
 from dpcap.data.drawn import DrawnSource
 from dpcap.data.source import Record
+from dpcap.key import POSITIVE, Key
 
 COLORS = {
   'red': (220, 40, 40),
@@ -84,6 +85,11 @@ class Scenes(DrawnSource):
 
   KIND: ClassVar[str] = 'scenes'
   KEY: ClassVar[int] = 0x5CE9E5
+  KEYS: ClassVar[dict[str, Key]] = {
+    'split': Key(str, 'train', 'which scenes', ('train', 'validation', 'test')),
+    'size': Key(int, 100_000, 'how many scenes', check=POSITIVE),
+    'label': Key(str, 'color', 'what the label tells', tuple(LABELS)),
+  }
 
   label: str = 'color'
 

@@ -34,6 +34,7 @@ from dpcap.data.tar_index import (
   total,
 )
 from dpcap.errors import UserError
+from dpcap.key import GIVEN, Key
 
 # What img2dataset and webdataset shards hold.
 IMAGE_KEYS = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'avif')
@@ -90,6 +91,34 @@ class TarShards:
       cannot be written, or the manifest is of other shards or members.
     StoreError: a shard cannot be read.
   """
+
+  KEYS = {
+    'path': Key(
+      str,
+      '',
+      'folder, glob, brace range or URL of the tar shards, or a manifest of tools.index_shards',
+      check=GIVEN,
+    ),
+    'image_keys': Key(
+      str,
+      None,
+      "extension of the image, all that follows the first dot; several as 'jpg,png'; None: the"
+      ' usual ones',
+      optional=True,
+      check=GIVEN,
+    ),
+    'caption_key': Key(
+      str, 'txt', "extension of the caption, or 'json:FIELD', which may be a list of captions"
+    ),
+    'label_key': Key(str, None, 'field of the json with the label', optional=True),
+    'index_dir': Key(
+      str,
+      None,
+      'folder or URL where byte-offset indexes go; None: beside the shards',
+      optional=True,
+      fixed=False,
+    ),
+  }
 
   def __init__(
     self,

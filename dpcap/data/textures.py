@@ -15,6 +15,7 @@ from typing import ClassVar
 from dpcap.data import texture_programs
 from dpcap.data.drawn import DrawnSource
 from dpcap.data.source import Record
+from dpcap.key import POSITIVE, Key
 
 # Every word of the captions: a WordPiece vocabulary that owes nothing to any data.
 VOCABULARY_FILE = str(pathlib.Path(__file__).with_name('textures_vocabulary.txt'))
@@ -33,6 +34,11 @@ class Textures(DrawnSource):
 
   KIND: ClassVar[str] = 'textures'
   KEY: ClassVar[int] = 0x7E97
+  KEYS: ClassVar[dict[str, Key]] = {
+    'split': Key(str, 'train', 'which textures', ('train', 'validation', 'test')),
+    'size': Key(int, 1_000_000, 'how many textures', check=POSITIVE),
+    'programs': Key(int, 21_000, 'how many programs they are of', check=POSITIVE),
+  }
 
   programs: int = 21_000
 

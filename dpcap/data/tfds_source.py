@@ -16,6 +16,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dpcap.data.contents import PreparedRecords
 from dpcap.data.source import BadRecord, Record
 from dpcap.errors import UserError
+from dpcap.key import GIVEN, Key
 
 # Storage sets the pace where files are opened.
 _THREADS = 32
@@ -43,6 +44,18 @@ class TfdsSource:
       damaged or holds not as many records as the data set says; the split or a feature is unknown
       or of another kind.
   """
+
+  KEYS = {
+    'dataset': Key(str, '', 'name[/config][:version], prepared as array_record', check=GIVEN),
+    'split': Key(str, 'train', 'split, in the TFDS slicing language'),
+    'data_dir': Key(str, None, 'None: the TFDS default', optional=True),
+    'image_key': Key(str, 'image', 'feature with the image'),
+    'caption_key': Key(str, None, 'feature with the caption', optional=True),
+    'label_key': Key(str, 'label', 'feature with the label', optional=True),
+    'caption_template': Key(
+      str, None, "caption made from the label, as 'a photo of a {}'", optional=True
+    ),
+  }
 
   def __init__(
     self,

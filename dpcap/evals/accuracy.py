@@ -12,6 +12,7 @@ import numpy as np
 from dpcap import data
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
+from dpcap.evals.evaluator import SOURCES, Evaluator, at_a_time
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
 
@@ -91,3 +92,13 @@ def top1(
     np.add.at(confusion, (labels, predicted), 1)
     details['confusion'] = confusion.tolist()  # [label][predicted]
   return Result('top1', value, n, details)
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    'source': SOURCES,
+    'batch_size': at_a_time(256),
+  },
+  needs='logits',
+)

@@ -22,8 +22,10 @@ from dpcap.data.image_folder import ImageList
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
+from dpcap.evals.evaluator import SOURCES, Evaluator, at_a_time
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import GIVEN, Key
 
 SCENES_TESTS = ('attributes', 'relations', 'order')
 _MAX_WORDS = 30
@@ -434,3 +436,36 @@ def _judge(subject: Subject, cases, choices: int, batch_size: int, fewest: int) 
       'by_group': by_group,
     },
   )
+
+
+SCENES = Evaluator(
+  evaluate_scenes,
+  {
+    'source': {'scenes': SOURCES['scenes']},
+    'test': Key(str, 'attributes', 'how false captions are made', SCENES_TESTS),
+    'batch_size': at_a_time(64, 'cases'),
+  },
+  needs='text_loss',
+)
+
+ORDER = Evaluator(
+  evaluate_order,
+  {
+    'annotations': Key(str, '', 'a list of {image, caption: [...]} as JSON', check=GIVEN),
+    'images': Key(str, '', 'folder of the images', check=GIVEN),
+    'batch_size': at_a_time(64, 'cases'),
+  },
+  needs='text_loss',
+)
+
+VISUAL_GENOME = Evaluator(
+  evaluate_visual_genome,
+  {
+    'annotations': Key(
+      str, '', 'visual_genome_relation.json or visual_genome_attribution.json', check=GIVEN
+    ),
+    'images': Key(str, '', 'folder of the images', check=GIVEN),
+    'batch_size': at_a_time(64, 'cases'),
+  },
+  needs='text_loss',
+)

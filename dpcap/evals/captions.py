@@ -16,8 +16,10 @@ from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
 from dpcap.evals import decoding
 from dpcap.evals.caption_scores import bleu4, cider_d
+from dpcap.evals.evaluator import SOURCES, Evaluator, at_a_time
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import NOT_NEGATIVE, POSITIVE, Key
 from dpcap.models import PADDING
 
 _LARGEST_EXPONENT = 700.0  # beyond, exp overflows; so lost a model is no better described
@@ -145,3 +147,42 @@ class _Batches:
       np.array(tokens, np.int32).reshape(-1, length),
       np.array(numbers, np.int32),
     )
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    'source': SOURCES,
+    'images': Key(
+      int, 24, 'how many held-out images to caption; None: all', check=POSITIVE, optional=True
+    ),
+    'batch_size': at_a_time(32),
+    'max_tokens': Key(
+      int,
+      None,
+      'of a caption, [CLS] and [SEP] included; None: data.text_length',
+      check=(lambda x: x > 1, 'above 1'),
+      optional=True,
+    ),
+    'method': Key(str, 'greedy', 'how captions are written', tuple(decoding.METHODS)),
+    'beams': Key(int, None, 'of method beam; None: 4', check=POSITIVE, optional=True),
+    'length_penalty': Key(
+      float,
+      None,
+      'of method beam: log probability / tokens^length_penalty is compared; None: 1',
+      check=NOT_NEGATIVE,
+      optional=True,
+    ),
+    'top_p': Key(
+      float,
+      None,
+      'of method nucleus: how much of the probability is drawn from; None: 0.9',
+      check=(lambda x: 0 < x <= 1, 'above 0, at most 1'),
+      optional=True,
+    ),
+    'temperature': Key(float, None, 'of method nucleus; None: 1', check=POSITIVE, optional=True),
+    'seed': Key(int, None, 'of method nucleus; None: 0', check=NOT_NEGATIVE, optional=True),
+  },
+  needs='start',
+  variants={'method': decoding.METHODS},
+)

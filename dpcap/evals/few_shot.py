@@ -18,9 +18,11 @@ from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
 from dpcap.evals import features as features_lib
 from dpcap.evals import logistic
+from dpcap.evals.evaluator import CHOICE, PAIR, Evaluator, at_a_time
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.progress import track
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import COUNTS, POSITIVE, Key
 
 _L2 = 0.0025
 _ITERATIONS = 300
@@ -171,3 +173,15 @@ class _Subset:
 
   def __getitem__(self, index: int):
     return self.source[self.numbers[index]]
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    **PAIR,
+    **CHOICE,
+    'shots': Key(tuple, (1, 2, 5, 10), 'images per class', check=COUNTS),
+    'draws': Key(int, 5, 'how many times the images are drawn', check=POSITIVE),
+    'batch_size': at_a_time(256),
+  },
+)

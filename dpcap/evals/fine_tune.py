@@ -20,7 +20,9 @@ from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
 from dpcap.evals import features as features_lib
 from dpcap.evals.accuracy import top1
+from dpcap.evals.evaluator import PAIR, Evaluator, at_a_time
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import FRACTION, NOT_NEGATIVE, POSITIVE, Key
 
 PyTree = Any
 
@@ -169,3 +171,25 @@ def layer_scales(params: PyTree, layer_decay: float) -> PyTree:
     return layer_decay ** (len(blocks) + 1) if before_blocks else 1.0
 
   return jax.tree_util.tree_map_with_path(scale, params)
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    **PAIR,
+    'epochs': Key(int, 100, 'passes over the training images', check=POSITIVE),
+    'warmup_epochs': Key(int, 5, 'of these', check=NOT_NEGATIVE),
+    'base_learning_rate': Key(float, 5e-4, 'times train_batch_size / 256', check=POSITIVE),
+    'layer_decay': Key(
+      float,
+      0.65,
+      "a layer's learning rate over that of the layer above",
+      check=(lambda x: 0 < x <= 1, 'above 0, at most 1'),
+    ),
+    'weight_decay': Key(float, 0.05, 'of matrices', check=NOT_NEGATIVE),
+    'label_smoothing': Key(float, 0.1, 'share that all classes have alike', check=FRACTION),
+    'train_batch_size': Key(int, 1024, 'images of a step', check=POSITIVE),
+    'batch_size': at_a_time(64),
+  },
+  needs='FEATURE_PARTS',
+)

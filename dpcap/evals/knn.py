@@ -9,8 +9,10 @@ import numpy as np
 from dpcap.errors import UserError
 from dpcap.evals import features as features_lib
 from dpcap.evals.accuracy import top1
+from dpcap.evals.evaluator import CHOICE, PAIR, Evaluator, at_a_time
 from dpcap.evals.progress import track
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import POSITIVE, Key
 
 _AT_ONCE = 256  # test images; their similarities to all training images are held
 _TEMPERATURE = 0.07
@@ -82,3 +84,14 @@ def _vote(x_train, y_train, x_test, num_classes, k):
   votes = jnp.exp((similarity - similarity[:, :1]) / _TEMPERATURE)
   add = lambda votes, labels: jnp.zeros(num_classes).at[labels].add(votes)
   return jnp.argmax(jax.vmap(add)(votes, y_train[nearest]), axis=-1)
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    **PAIR,
+    **CHOICE,
+    'k': Key(int, 20, 'how many neighbours vote', check=POSITIVE),
+    'batch_size': at_a_time(256),
+  },
+)

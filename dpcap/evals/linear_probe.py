@@ -13,6 +13,7 @@ import numpy as np
 from dpcap.evals import features as features_lib
 from dpcap.evals import logistic
 from dpcap.evals.accuracy import top1
+from dpcap.evals.evaluator import CHOICE, PAIR, Evaluator, at_a_time
 from dpcap.evals.subject import Result, Subject
 
 L2_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -83,3 +84,13 @@ def fit(x_train: np.ndarray, y_train: np.ndarray, num_classes: int, seed: int = 
       best, best_accuracy = l2, accuracy
   weights = minimise(zeros, x, y, best)
   return lambda new: np.asarray(logistic.predict(weights, standardise(new))), best
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    **PAIR,
+    **CHOICE,
+    'batch_size': at_a_time(256),
+  },
+)

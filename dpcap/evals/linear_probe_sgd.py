@@ -19,7 +19,9 @@ from dpcap import data
 from dpcap.evals import batches as batches_lib
 from dpcap.evals import features as features_lib
 from dpcap.evals.accuracy import top1
+from dpcap.evals.evaluator import LAYERS, PAIR, Evaluator, at_a_time
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import NOT_NEGATIVE, POSITIVE, Key
 
 OPTIMIZERS = ('lars', 'sgd')
 _CROP_SCALE = (0.08, 1.0)
@@ -244,3 +246,27 @@ def _augmented(embed, subject, source, train, places, size, epochs, batch_size):
   parts = batches_lib.each(subject, 'linear probe', views, compute)
   while batch := list(itertools.islice(parts, views.parts)):
     yield tuple(map(np.concatenate, zip(*batch)))
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    **PAIR,
+    'layers': LAYERS,
+    'optimizer': Key(str, 'lars', 'momentum 0.9, no weight decay', OPTIMIZERS),
+    'epochs': Key(int, 90, 'passes over the training images', check=POSITIVE),
+    'warmup_epochs': Key(int, 10, 'of these', check=NOT_NEGATIVE),
+    'base_learning_rates': Key(
+      tuple,
+      (0.1,),
+      'times probe_batch_size / 256; of several the best on a fifth of the training images',
+      check=(
+        lambda x: bool(x) and all(isinstance(r, (int, float)) and r > 0 for r in x),
+        'one or more numbers above 0',
+      ),
+    ),
+    'probe_batch_size': Key(int, 16_384, 'images of a step', check=POSITIVE),
+    'augment': Key(bool, True, 'random crops and flips in every epoch'),
+    'batch_size': at_a_time(256, 'images in the encoder'),
+  },
+)

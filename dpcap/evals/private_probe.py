@@ -14,9 +14,11 @@ from dpcap.evals import batches as batches_lib
 from dpcap.evals import features as features_lib
 from dpcap.evals import logistic
 from dpcap.evals.accuracy import top1
+from dpcap.evals.evaluator import CHOICE, PAIR, Evaluator, at_a_time
 from dpcap.evals.knn import unit
 from dpcap.evals.progress import track
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import FRACTION, POSITIVE, Key
 
 _AT_ONCE = 1024  # examples of a physical batch
 _CLIPPING = 'bookkeeping'
@@ -163,3 +165,19 @@ def fit(
       step, weights, state, noise_state, total.value(), noise_key
     )
   return weights
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    **PAIR,
+    **CHOICE,
+    'epsilon': Key(float, 1.0, 'of the probe, for its training images', check=POSITIVE),
+    'delta': Key(float, None, 'None: 1 / N', check=FRACTION, optional=True),
+    'clip_norm': Key(float, 1.0, "of an example's gradient", check=POSITIVE),
+    'expected_batch_size': Key(int, 1024, 'Poisson-sampled', check=POSITIVE),
+    'steps': Key(int, 200, 'noisy gradients', check=POSITIVE),
+    'learning_rate': Key(float, 4.0, 'at the start; falls to zero as a cosine', check=POSITIVE),
+    'batch_size': at_a_time(256),
+  },
+)

@@ -8,10 +8,12 @@ import numpy as np
 
 from dpcap.errors import UserError
 from dpcap.evals import features as features_lib
+from dpcap.evals.evaluator import CHOICE, SOURCES, Evaluator, at_a_time
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.knn import unit
 from dpcap.evals.progress import track
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import COUNTS, Key
 
 _AT_ONCE = 256  # queries
 _SHOWN, _NEIGHBOURS = 12, 8  # queries whose nearest images are listed, and how many of these
@@ -122,3 +124,14 @@ def search(
     for i in track('retrieval', starts, len(starts))
   ]
   return tuple(map(np.concatenate, zip(*parts)))
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    'source': SOURCES,
+    **CHOICE,
+    'at': Key(tuple, (1, 5, 10), 'numbers of neighbours', check=COUNTS),
+    'batch_size': at_a_time(256),
+  },
+)

@@ -23,7 +23,9 @@ from dpcap.data.text import Tokenizer
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
 from dpcap.evals.accuracy import top1
+from dpcap.evals.evaluator import SOURCES, Evaluator, at_a_time
 from dpcap.evals.subject import Result, Subject
+from dpcap.key import Key
 
 METHODS = ('likelihood', 'greedy')
 _TEMPLATES = ('this is a photo of a {}',)
@@ -339,3 +341,43 @@ def walk(
 
   _, (_, node_B) = jax.lax.fori_loop(1, tree.depth, step, (cache, start))
   return classes_M[node_B]
+
+
+EVALUATOR = Evaluator(
+  evaluate,
+  {
+    'source': SOURCES,
+    'method': Key(
+      str,
+      'likelihood',
+      'likelihood: lowest mean token loss; greedy: descent in the tree of the labels',
+      METHODS,
+    ),
+    'dataset': Key(
+      str,
+      None,
+      "name in the catalogue: makes the source's class names readable, has templates",
+      data.DATASETS,
+      optional=True,
+    ),
+    'templates': Key(
+      tuple,
+      None,
+      'texts with {} for the label; losses are averaged over them; greedy takes one. None: those of'
+      " the dataset (greedy: its first), without one 'this is a photo of a {}'",
+      check=(
+        lambda x: bool(x) and all(isinstance(t, str) and t.count('{}') == 1 for t in x),
+        'one or more texts that hold {} once',
+      ),
+      optional=True,
+    ),
+    'labels_file': Key(
+      str,
+      None,
+      "a class a line, synonyms parted by commas; None: the source's class names",
+      optional=True,
+    ),
+    'batch_size': at_a_time(32),
+  },
+  needs='text_loss',
+)

@@ -20,7 +20,6 @@ from dpcap.errors import UserError
 from dpcap.models import reference_weights, weight_files
 from dpcap.models.sizes import SIZES
 
-
 # Positions are computed: a file must not ask for any number of them.
 _MOST_TOKENS = 2**16
 

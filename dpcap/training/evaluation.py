@@ -93,7 +93,7 @@ class Evaluations:
       evaluator, apart = options.pop('name'), options.pop('apart')
       read = []
       subject = make_subject(make_source=_noting(read, config), note=read.append)
-      results[name] = evals.EVALUATORS[evaluator](subject, **options)
+      results[name] = evals.EVALUATORS[evaluator].evaluate(subject, **options)
       if processes.is_main():
         verdict = training_data.judge(read, apart)
         about = {

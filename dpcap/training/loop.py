@@ -35,6 +35,7 @@ from dpcap.training.step import TrainState, example_loss, init_state, make_step
 from dpcap.training.stop_requests import stop_requests
 from dpcap.training.workdir import check_length, publish_statement, read_statement, write_whole
 
+
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainState | None:
   """Trains, or goes on training, the run of `config` in `workdir`.
 

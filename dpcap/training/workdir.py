@@ -10,7 +10,6 @@ from typing import Any, TextIO
 from dpcap.errors import UserError
 from dpcap.training.damage import damage, steps
 
-
 # Of a name beside the workdir (WORKDIR.secrets), and of the paths in it, with what libraries make.
 _LONGEST_SUFFIX, _LONGEST_PATH_INSIDE = len('.secrets'), 400
 

@@ -8,7 +8,6 @@ from PIL import Image
 from dpcap.data.first_look import RECORDS, FirstLook, look_at
 from dpcap.data.source import BadRecord, Record
 
-
 FIELDS = ('image', 'tokens')
 
 

@@ -10,7 +10,6 @@ from dpcap.data import texture_fields, texture_programs, textures
 from dpcap.data.text import make_tokenizer
 from dpcap.errors import UserError
 
-
 _FIELDS = {**texture_fields.MOVES, **texture_fields.PATTERNS}
 
 

@@ -213,7 +213,7 @@ def test_every_evaluator_extracts_the_layers_of_its_entry(subject, monkeypatch, 
   sections = iter((SECTION, dict(split='validation', size=23)))
   options |= {key: next(sections) for key in ('train', 'test', 'source') if key in options}
   with pytest.raises(Extracted) as raised:
-    evals.EVALUATORS[name](subject, **options)
+    evals.EVALUATORS[name].evaluate(subject, **options)
   assert raised.value.args == (('model', 'encoder'),)
   with pytest.raises(UserError, match=f"{name}: layers is 'none'; those of the Captioner are"):
-    evals.EVALUATORS[name](subject, **options | dict(layers='none'))
+    evals.EVALUATORS[name].evaluate(subject, **options | dict(layers='none'))

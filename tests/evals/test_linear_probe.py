@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from dpcap import data
-from dpcap.data import pipeline
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
 from dpcap.errors import UserError

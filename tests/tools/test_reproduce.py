@@ -14,7 +14,7 @@ from dpcap import config as config_lib
 from dpcap.errors import UserError
 from tools import reproduce
 from tools import runs as processes
-from tools.reproduce_parts import output, scales, study
+from tools.reproduce_parts import scales, study
 from tools.reproduce_parts.table import Row, Table, above, above_chance, unmeasured
 from tools.tables import TABLES, privacy
 

@@ -169,6 +169,12 @@ def _trained(tmp_path_factory):
   return folder / 'checkpoints/2'
 
 
+def replace_captions(monkeypatch, evaluate):
+  """Within the test, the evaluator `captions` is that function."""
+  replaced = evals.EVALUATORS['captions']._replace(evaluate=evaluate)
+  monkeypatch.setitem(evals.EVALUATORS, 'captions', replaced)
+
+
 @pytest.mark.parametrize(
   'section, apart, private, declared',
   [
@@ -210,7 +216,7 @@ def test_evaluators_that_read_nothing_known_are_private(trained, tmp_path, monke
     'bounds': [(math.inf, -math.inf), {'x': 1.5}],
   }
   result = evals.Result('exact_match', 0.5, 2, details)
-  monkeypatch.setitem(evals.EVALUATORS, 'captions', lambda subject, **options: result)
+  replace_captions(monkeypatch, lambda subject, **options: result)
   _, records = _evaluate(_config(), tmp_path / 'evals', trained)
   record = records['written']
   assert record['uses_training_data'] is True and record['apart']['why']
@@ -225,7 +231,7 @@ def test_sources_that_are_opened_count_as_read(trained, tmp_path, monkeypatch, s
   def evaluate(subject, **options):
     return evals.Result('top1', 0.5, len(subject.make_source(section)), {})
 
-  monkeypatch.setitem(evals.EVALUATORS, 'captions', evaluate)
+  replace_captions(monkeypatch, evaluate)
   _, records = _evaluate(_config(), tmp_path / 'evals', trained)
   assert records['written']['uses_training_data'] == private
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpcap import data, privacy
+from dpcap import privacy
 from dpcap.training import step as step_lib
 from dpcap.training.mesh import Layout, make_mesh
 
