@@ -106,7 +106,7 @@ def test_learns_what_can_be_told_apart(subject, augment, monkeypatch):
   monkeypatch.setattr(
     type(subject.model),
     'features',
-    lambda self, x, of: jax.nn.one_hot(jnp.round(x[..., 0, 0, 0]), 9) * (of == 'encoder'),
+    lambda self, x, layers: jax.nn.one_hot(jnp.round(x[..., 0, 0, 0]), 9) * (layers == 'encoder'),
   )
   monkeypatch.setattr(linear_probe_sgd.data, 'normalize', lambda images: images / 30.0)
   monkeypatch.setattr('dpcap.evals.features.data.normalize', lambda images: images / 30.0)
