@@ -8,11 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpcap.errors import UserError
+from dpcap.key import Key
 from dpcap.models import keys
 from dpcap.models.decoder import Cache, CaptionDecoder
 from dpcap.models.positions import image_positions
 from dpcap.models.precision import at_least_float32
-from dpcap.models.vit import Dense, ViT, frozen, patch_grid
+from dpcap.models.stem import fits
+from dpcap.models.vit import STEMS, Dense, ViT, frozen, grid_means, patch_grid
 
 PADDING = 0  # the token id that carries no loss
 
@@ -31,6 +34,7 @@ class Captioner(nn.Module):
     patch_size: side of a square patch, pixels.
     width, depth, heads: of the encoder; width a multiple of four and of heads.
     decoder_width, decoder_depth, decoder_heads: of the decoder, likewise.
+    stem: see `ViT`.
     dtype: compute type. Norms, softmax, features and loss use at least float32.
     scan_blocks: compile one block of the encoder and one of the decoder, their parameters stacked.
     remat: compute the inside of every block again in the backward pass.
@@ -38,9 +42,16 @@ class Captioner(nn.Module):
 
   INPUTS = ('image', 'tokens')
   LOSS_UNIT = 'nats per token'
-  KEYS = keys.TRANSFORMER
+  KEYS = keys.TRANSFORMER | {
+    'stem': Key(
+      str,
+      'linear',
+      'what makes tokens of patches: a linear map of their pixels, or convolutions',
+      STEMS,
+    ),
+  }
   # What `features` can be of; the first is the default.
-  LAYERS = ('memory', 'encoder', 'projection', 'all_blocks')
+  LAYERS = ('memory', 'encoder', 'projection', 'all_blocks', 'grid')
   # The top-level parameters that features depend on.
   FEATURE_PARTS = ('encoder', 'memory_projection')
 
@@ -52,32 +63,44 @@ class Captioner(nn.Module):
   decoder_width: int
   decoder_depth: int
   decoder_heads: int
+  stem: str = 'linear'
   dtype: jnp.dtype = jnp.float32
   scan_blocks: bool = False
   remat: bool = False
 
   @classmethod
-  def make(cls, *, image_size, vocab_size, remat, size, patch_size, dtype, scan_blocks):
+  def make(cls, *, image_size, vocab_size, remat, size, patch_size, dtype, scan_blocks, stem):
     """A captioner of a named size; see `dpcap.models.make_model`."""
+    shape = keys.shape_of(size, patch_size, image_size)
+    if keys.one_of('stem', stem, STEMS) == 'convolutional' and not fits(
+      shape.patch_size, shape.width
+    ):
+      raise UserError(
+        f'patch_size={shape.patch_size} must be a power of 2, from 2 to twice the width,'
+        f" {shape.width}, with stem='convolutional'"
+      )
     return cls(
       vocab_size=vocab_size,
+      stem=stem,
       dtype=keys.DTYPES[keys.one_of('dtype', dtype, keys.DTYPES)],
       scan_blocks=scan_blocks,
       remat=remat,
-      **keys.shape_of(size, patch_size, image_size)._asdict(),
+      **shape._asdict(),
     )
 
   @nn.nowrap
   def about(self) -> str:
     """What it is, in words."""
+    stem = ' behind convolutions' if self.stem == 'convolutional' else ''
     return (
-      f'image captioner (a ViT encoder of {self.depth} layers and width {self.width}, a text'
+      f'image captioner (a ViT encoder of {self.depth} layers and width {self.width}{stem}, a text'
       f' decoder of {self.decoder_depth} layers and width {self.decoder_width})'
     )
 
   def setup(self):
     blocks = dict(scan_blocks=self.scan_blocks, remat=self.remat)
-    self.encoder = ViT(self.patch_size, self.width, self.depth, self.heads, self.dtype, **blocks)
+    shape = self.patch_size, self.width, self.depth, self.heads, self.dtype
+    self.encoder = ViT(*shape, self.stem, **blocks)
     self.memory_projection = Dense(self.decoder_width, dtype=self.dtype)
     self.memory_type_embedding = frozen(self, 'memory_type_embedding', self.decoder_width)
     self.decoder = CaptionDecoder(
@@ -117,10 +140,12 @@ class Captioner(nn.Module):
       layers: the mean over the tokens of the 'memory', which is the paper's; of the 'encoder',
         after its last LayerNorm; of their 'projection', before positions and type embedding are
         added. Or 'all_blocks': that over the patches after every block, side by side, as ViP
-        probes.
+        probes. Or 'grid': those of the encoder's patches over 4 x 4 fields, see `grid_means`.
     """
     if layers == 'all_blocks':
       return self.encoder(image_HxWx3, block_means=True)
+    if layers == 'grid':
+      return grid_means(self.encode(image_HxWx3), patch_grid(image_HxWx3.shape, self.patch_size))
     tokens = {'memory': self.memory, 'encoder': self.encode, 'projection': self.project}[layers]
     return jnp.mean(at_least_float32(tokens(image_HxWx3)), axis=-2)
 

@@ -16,7 +16,7 @@ from dpcap.key import POSITIVE, Key
 from dpcap.models import keys
 from dpcap.models.positions import image_positions
 from dpcap.models.precision import at_least_float32
-from dpcap.models.vit import Dense, encode, frozen, patch_grid, patchify
+from dpcap.models.vit import Dense, encode, frozen, grid_means, patch_grid, patchify
 
 # ViP's encoders have so many heads where the captioner's of that width have 6.
 _HEADS = {'nano': 12, 'tiny': 12}
@@ -73,7 +73,7 @@ class MAE(nn.Module):
     ),
   }
   # What `features` can be of; the first is the default.
-  LAYERS = ('encoder', 'all_blocks')
+  LAYERS = ('encoder', 'all_blocks', 'grid')
   # The top-level parameters that features depend on.
   FEATURE_PARTS = ('encoder',)
 
@@ -221,11 +221,13 @@ class MAE(nn.Module):
     Args:
       image_HxWx3: (..., H, W, 3).
       layers: the mean over the patches of the 'encoder', after its last LayerNorm; or
-        'all_blocks': that after every block, side by side, as ViP probes. The class token takes no
-        part.
+        'all_blocks': that after every block, side by side, as ViP probes; or 'grid': the first over
+        4 x 4 fields, see `grid_means`. The class token takes no part.
     """
     if layers == 'all_blocks':
       return self.encoder(image_HxWx3, block_means=True)
+    if layers == 'grid':
+      return grid_means(self.encode(image_HxWx3), patch_grid(image_HxWx3.shape, self.patch_size))
     tokens = {'encoder': self.encode}[layers]
     return jnp.mean(at_least_float32(tokens(image_HxWx3)[..., 1:, :]), axis=-2)
 

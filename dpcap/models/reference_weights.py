@@ -108,6 +108,8 @@ def state_dict(
 
 
 def _names(model: Captioner | MAE) -> Names:
+  if getattr(model, 'stem', 'linear') != 'linear':
+    raise UserError(f"stem={model.stem!r} has no reference weights; they are of stem='linear'")
   return mae_names(model) if isinstance(model, MAE) else captioner_names(model)
 
 

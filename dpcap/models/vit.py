@@ -9,12 +9,16 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpcap.models.attention import attend
 from dpcap.models.blocks import run_blocks
 from dpcap.models.layer_norm import LayerNorm
 from dpcap.models.positions import image_positions
 from dpcap.models.precision import at_least_float32
+from dpcap.models.stem import ConvolutionalStem
+
+STEMS = ('linear', 'convolutional')
 
 # The kernels of projections are Xavier uniform, also the fused ones (as one matrix).
 Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
@@ -50,6 +54,34 @@ def patchify(image_HxWx3: jax.Array, patch_size: int) -> jax.Array:
   x = image_HxWx3.reshape(*leading, rows, patch_size, columns, patch_size, 3)
   x = jnp.swapaxes(x, -4, -3)
   return x.reshape(*leading, rows * columns, patch_size * patch_size * 3)
+
+
+def grid_means(tokens_TxD: jax.Array, grid: tuple[int, int], most: int = 4) -> jax.Array:
+  """Means of an encoder's tokens (..., 1+P, D) over fields of the image, side by side.
+
+  Unlike the mean over all, they tell where something is.
+
+  Args:
+    tokens_TxD: the class token first, which takes no part, then the patches row by row.
+    grid: rows and columns of patches.
+    most: the image is cut into most x most fields, or one a patch if there are fewer. A patch that
+      lies in two fields counts for both, by its share.
+
+  Returns:
+    (..., fields * D), at least float32.
+  """
+  x_RxCxD = at_least_float32(tokens_TxD[..., 1:, :]).reshape(*tokens_TxD.shape[:-2], *grid, -1)
+  rows, columns = (jnp.asarray(_fields(n, min(n, most)), x_RxCxD.dtype) for n in grid)
+  means = jnp.einsum('ir,jc,...rcd->...ijd', rows, columns, x_RxCxD)
+  return means.reshape(*means.shape[:-3], -1)
+
+
+def _fields(patches: int, fields: int) -> np.ndarray:
+  """Weights (fields, patches): which share of each field every patch covers."""
+  edges = np.linspace(0, patches, fields + 1)
+  patch = np.arange(patches)
+  covered = np.minimum(edges[1:, None], patch + 1) - np.maximum(edges[:-1, None], patch)
+  return np.maximum(covered, 0) * fields / patches
 
 
 class EncoderBlock(nn.Module):
@@ -100,8 +132,8 @@ class ViT(nn.Module):
   """Vision transformer: images (..., H, W, 3) -> tokens (..., 1+P, width), class token first.
 
   The class token and the type embedding are frozen (collection 'frozen'): they are added
-  but never trained, as in the reference implementation.
-  `scan_blocks` and `remat`: see `run_blocks`; `block_means`: see `encode`.
+  but never trained, as in the reference implementation. `stem` is one of STEMS: what makes tokens of
+  patches. `scan_blocks` and `remat`: see `run_blocks`; `block_means`: see `encode`.
   Source: Dosovitskiy et al. 2021; MAE (He et al. 2022) for the positions.
   """
 
@@ -110,6 +142,7 @@ class ViT(nn.Module):
   depth: int
   heads: int
   dtype: jnp.dtype
+  stem: str = 'linear'
   scan_blocks: bool = False
   remat: bool = False
 
@@ -119,8 +152,11 @@ class ViT(nn.Module):
     class_token_D = frozen(self, 'class_token', self.width)
     type_embedding_D = frozen(self, 'type_embedding', self.width)
 
-    patches_PxK = patchify(image_HxWx3, self.patch_size)
-    x_PxD = Dense(self.width, dtype=self.dtype, name='patch_projection')(patches_PxK)
+    if self.stem == 'convolutional':
+      x_PxD = ConvolutionalStem(self.patch_size, self.width, self.dtype, name='stem')(image_HxWx3)
+    else:
+      patches_PxK = patchify(image_HxWx3, self.patch_size)
+      x_PxD = Dense(self.width, dtype=self.dtype, name='patch_projection')(patches_PxK)
     class_1xD = jnp.broadcast_to(
       class_token_D.astype(x_PxD.dtype), (*x_PxD.shape[:-2], 1, self.width)
     )

@@ -11,6 +11,7 @@ import pytest
 from dpcap.errors import UserError
 from dpcap.models import SIZES, Captioner, make_model
 from dpcap.models.positions import image_positions, text_positions
+from dpcap.models.vit import grid_means
 from tests.models.slow import (
   slow_attention,
   slow_blocks,
@@ -147,9 +148,22 @@ def test_agrees_with_the_slow_version_in_float64(images, variables):
     np.testing.assert_allclose(found, tokens_TxD.mean(axis=0), **close)
   of_blocks = np.concatenate([x[1:].mean(axis=0) for x in blocks])
   np.testing.assert_allclose(features[3], of_blocks, **close)
+  np.testing.assert_allclose(features[4], encoded[1:].ravel(), **close)  # a field each patch
   expected = slow_logits(expected, tokens[:-1], **wide)
   np.testing.assert_allclose(logits, expected, **close)
   np.testing.assert_allclose(loss, slow_loss(expected, tokens[1:]), **close)
+
+
+def test_grid_means_say_where_things_are():
+  """Of 5 x 3 patches in 4 x 3 fields, by rectangles and areas; the class token takes no part."""
+  tokens = np.random.default_rng(1).standard_normal((2, 1 + 15, 2))
+  with jax.enable_x64(True):
+    found = grid_means(tokens, (5, 3))
+  patches = tokens[:, 1:].reshape(2, 5, 3, 2)
+  # A field is 5/4 of a row high: its first row, and the next ones by what is left of it.
+  shares = [(1, 0.25, 0, 0, 0), (0, 0.75, 0.5, 0, 0), (0, 0, 0.5, 0.75, 0), (0, 0, 0, 0.25, 1)]
+  expected = np.stack([sum(w * patches[:, r] for r, w in enumerate(s)) / 1.25 for s in shares], 1)
+  np.testing.assert_allclose(found, expected.reshape(2, -1), rtol=1e-12)
 
 
 def test_positions_agree_with_the_slow_version():

@@ -47,7 +47,7 @@ def without_positions(variables):
 
 
 def outputs(model, variables, image, noise):
-  """Loss, tokens of kept patches, pixels, who is removed, both kinds of features."""
+  """Loss, tokens of kept patches, pixels, who is removed, every kind of features."""
   return (
     model.apply(variables, image, noise, method='loss'),
     model.apply(variables, image, noise, method='encode'),
@@ -97,7 +97,8 @@ def slow_outputs(image, noise, params, positions):
   errors = [np.mean((pixels[i] - patches[i]) ** 2) for i in np.flatnonzero(removed)]
   blocks, whole = slow_encoder(image, encoder, positions[0], range(len(patches)))
   all_blocks = np.concatenate([x[1:].mean(0) for x in blocks])
-  return np.mean(errors), tokens, pixels, removed, whole[1:].mean(0), all_blocks
+  features = whole[1:].mean(0), all_blocks, whole[1:].ravel()  # the last: a field each patch
+  return np.mean(errors), tokens, pixels, removed, *features
 
 
 @pytest.mark.parametrize('model', [MODEL, TRAINED], ids=['constants', 'trained'])
