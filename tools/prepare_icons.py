@@ -7,8 +7,9 @@ PACKAGE is the tarball, which is read as it is, or the folder of its files. Abou
 of 200 design sets under free licences, each with the names that its designer gave it as captions.
 They are drawn by resvg (`pip install '.[icons]'`), in some minutes on two cores.
 
-OUT gets a folder of tar shards for each split (train, probe, test) with a manifest, and DATA.md:
-splits, concepts, design sets with authors and licences. A source of a config reads them by
+OUT gets a folder of tar shards for each split (train, probe, test) with a manifest; vocabulary.txt,
+the words that the design sets of `probe` use, which are in no training shard; and DATA.md: splits,
+concepts, design sets with authors and licences. A source of a config reads them by
 
     name='tar_shards', path='OUT/train/manifest.json', caption_key='json:captions'
 
@@ -16,8 +17,8 @@ and with label_key='label' has the concept that a picture shows, where its names
 
 Sets that are drawn stay in OUT/drawn until all is done, so the same command goes on after an
 interruption. Equal packages, sides and versions of resvg and Pillow give equal shards. Prints one
-JSON line: {"side", "package", "resvg", "pillow", "splits", "left_out", "left_out_by_set"}, which is
-OUT/summary.json too. Exits 2 if something is wrong.
+JSON line: {"side", "package", "resvg", "pillow", "splits", "left_out", "left_out_by_set",
+"vocabulary"}, which is OUT/summary.json too. Exits 2 if something is wrong.
 """
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
@@ -26,6 +27,7 @@ import argparse
 import concurrent.futures
 import concurrent.futures.process
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -47,6 +49,7 @@ from tools.icon_parts import shards
 from tools.icon_parts.drawing import Drawn, draw_set, load_drawn
 from tools.icon_parts.package import BRING_IT, Package
 from tools.icon_parts.splits import SPLITS, split_of
+from tools.icon_parts.vocabulary import make_vocabulary
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SIDES = (8, 1024)
@@ -206,6 +209,11 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
   for split in SPLITS:
     number = shards.write_split(out, split, kept[split], folder)
     summary['splits'][split] = shards.count(kept[split]) | {'shards': number}
+  # None of these is trained on, so their words give nothing away.
+  names = (r.captions for n, of in splits.items() if of == 'probe' for r in drawn[n].records)
+  vocabulary = make_vocabulary(itertools.chain.from_iterable(names))
+  write_whole(str(out / 'vocabulary.txt'), '\n'.join([*vocabulary, '']).encode())
+  summary['vocabulary'] = len(vocabulary)
   write_whole(str(out / 'DATA.md'), shards.describe(package, kept, summary).encode())
   write_whole(str(finished), json.dumps(summary, indent=1).encode())
   shutil.rmtree(folder)

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from dpcap.data.tar_shards import TarShards
+from dpcap.data.text import make_tokenizer
 from tools import prepare_icons
 from tools.icon_parts import drawing, splits
+from tools.icon_parts.vocabulary import make_vocabulary
 
 # Draws what `at` and `gray` say, which stand for shapes: tests need no renderer.
 _RENDERER = """
@@ -155,6 +157,9 @@ def test_a_package_becomes_splits_the_same_however_it_is_run(tmp_path, renderer,
   }
   assert summary['left_out']['same picture as in another split'] == 2
   assert summary['left_out']['without a label'] == 1
+  tokenizer = make_tokenizer('wordpiece', str(one / 'vocabulary.txt'))
+  assert summary['vocabulary'] == tokenizer.vocab_size
+  assert tokenizer.decode(tokenizer.encode('Calendar 2', 9)) == 'calendar 2'
   page = (one / 'DATA.md').read_text()
   assert (
     '| split | design sets | pictures | captions | labelled | shards |\n'
@@ -214,6 +219,17 @@ def _missing(name):
 )
 def test_a_label_is_the_one_concept_that_captions_hold(captions, label):
   assert drawing.label_of(captions) == label
+
+
+def test_a_vocabulary_has_what_several_captions_say_and_spells_the_rest():
+  captions = ['Phone 2'] * 9 + ['phone phone', 'swirl', 'naïve', 'naïve', 'e-mail', 'e-mail']
+  entries = make_vocabulary([*captions, 'swirls', 'swirls'])
+  assert entries[:5] == ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+  assert len(set(entries)) == len(entries)
+  # By how often; one caption is not enough, nor is it for a word within others.
+  assert entries[77:79] == ['phone', 'swirls'] and entries[-1] == '##phone'
+  assert not {'swirl', '##swirls', 'naïve', 'e-mail'} & set(entries)
+  assert {*drawing.CONCEPTS, 'z', '##z', '0', '##9'} <= set(entries)
 
 
 def test_concepts_are_100_words():

@@ -140,7 +140,8 @@ def describe(package: Package, kept: dict[str, list[Entry]], summary: dict[str, 
     '',
     'Splits are by design set. `train` is what a model learns from, `probe` fits linear probes,'
     ' `test` tests. Of `probe` and `test` only pictures with a label are kept, and none that'
-    ' another split has too.',
+    ' another split has too. `vocabulary.txt` holds the words of all names in the sets of `probe`:'
+    f' {summary["vocabulary"]:,} entries.',
     '',
     *_table(
       ('split', 'design sets', 'pictures', 'captions', 'labelled', 'shards'),
