@@ -24,7 +24,7 @@ def get_config(label='count'):
   config.privacy.expected_batch_size = 1024
   config.privacy.clip_norm = 1.0
 
-  config.optimizer.learning_rate = 3e-3
+  config.optimizer.learning_rate = 1e-2
   config.optimizer.warmup_steps = 40
   config.train.steps = 360
   config.train.checkpoint_every = 90

@@ -5,8 +5,8 @@
     --config=configs/scenes.py:vip,small                              another experiment
     --config=configs/scenes.py:smoke,dpcap                            in seconds, learns nothing
 
-The first words are the file and its argument; data, model and recipe are those of demo.py, and the
-experiment's share of the data, batch, steps, epsilon and size are kept in proportion to its main
+The first words are the file and its argument; data, model and recipe are those of demo.py, its
+learning rate too, and the experiment's share of the data, batch, steps, epsilon and size are kept in proportion to its main
 run. Noise is calibrated to the experiment's epsilon: the paper's sigma belongs to its N.
 """
 
@@ -17,8 +17,7 @@ from configs import dpcap as paper
 from dpcap import config as config_lib
 from dpcap.errors import UserError
 
-# file of configs/ -> learning rate here
-EXPERIMENTS = {'dpcap': 3e-3, 'vip': 3e-3, 'mae': 3e-3, 'textures': 3e-3}
+EXPERIMENTS = ('dpcap', 'vip', 'mae', 'textures')  # files of configs/
 SCALES = ('cpu', 'smoke')
 
 # The paper's sizes; width grows with them, by half the way.
@@ -54,7 +53,6 @@ def get_config(argument='dpcap'):
   except UserError as e:
     own = ', '.join((*EXPERIMENTS, *SCALES))
     raise UserError(f'{e}; of scenes.py itself: {own}, and evaluations') from e
-  config.optimizer.learning_rate = EXPERIMENTS[experiment]
   if scale == 'smoke':
     _make_tiny(config)
   size = dict(cpu=(10_000, 5_000, 1_000), smoke=(200, 100, 40))[scale]
