@@ -6,8 +6,9 @@
     --config=configs/scenes.py:smoke,dpcap                            in seconds, learns nothing
 
 The first words are the file and its argument; data, model and recipe are those of demo.py, its
-learning rate too, and the experiment's share of the data, batch, steps, epsilon and size are kept in proportion to its main
-run. Noise is calibrated to the experiment's epsilon: the paper's sigma belongs to its N.
+learning rate too, and the experiment's share of the data, batch, steps, epsilon and size are kept in
+proportion to its main run. Noise is calibrated to the experiment's epsilon: the paper's sigma belongs
+to its N.
 """
 
 import importlib
