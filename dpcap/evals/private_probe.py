@@ -121,11 +121,6 @@ def fit(
     num_classes: number of classes.
     learning_rate: at the start.
   """
-  sampler, mechanism, noise_key = (
-    plan.make_sampler(keys.sampling),
-    plan.make_mechanism(),
-    keys.noise_key(),
-  )
   # Zeros stand for images that cannot be used: they are drawn, and masked.
   usable = np.zeros(plan.dataset_size, bool)
   x = np.zeros((plan.dataset_size, train.features.shape[1]), np.float32)
@@ -137,33 +132,20 @@ def fit(
     x, y = example
     return -jax.nn.log_softmax(logistic.logits(weights, x))[y]
 
-  @jax.jit
-  def clipped_sum(weights, examples, mask):
-    return privacy.clipped_sum(
-      loss_fn, weights, examples, mask, clip_norm=plan.clip_norm, strategy=_CLIPPING
-    ).sum
-
   optimizer = optax.sgd(optax.cosine_decay_schedule(learning_rate, plan.steps), momentum=0.9)
 
   @jax.jit
-  def update(step, weights, state, noise_state, total, noise_key):
-    noisy, noise_state = mechanism.add_noise(noise_key, step, total, noise_state)
-    grads = jax.tree.map(lambda g: g / plan.expected_batch_size, noisy)
+  def update(weights, state, grads):
     updates, state = optimizer.update(grads, state, weights)
-    return optax.apply_updates(weights, updates), state, noise_state
+    return optax.apply_updates(weights, updates), state
 
+  gradients = privacy.NoisyGradients(
+    plan, keys, loss_fn, (x, y), usable, physical_batch=_AT_ONCE, strategy=_CLIPPING
+  )
   weights = logistic.zeros(x.shape[1], num_classes, intercept=True)
-  state, noise_state = optimizer.init(weights), mechanism.init(noise_key, 0, weights)
-  for step in track('private probe', range(plan.steps), plan.steps, 'steps'):
-    drawn = sampler.draw(step)
-    total = privacy.running_sum(weights)
-    for start in range(0, len(drawn), _AT_ONCE):
-      index = np.resize(drawn[start : start + _AT_ONCE], _AT_ONCE)
-      mask = usable[index] & (np.arange(_AT_ONCE) < len(drawn) - start)
-      total = total.add(clipped_sum(weights, (x[index], y[index]), mask))
-    weights, state, noise_state = update(
-      step, weights, state, noise_state, total.value(), noise_key
-    )
+  state = optimizer.init(weights)
+  for _ in track('private probe', range(plan.steps), plan.steps, 'steps'):
+    weights, state = update(weights, state, gradients(weights))
   return weights
 
 

@@ -42,6 +42,11 @@ its clipped gradients, add noise once, divide by the expected batch size.
 >>> params['params']['Dense_0']['kernel'].shape
 (8, 10)
 
+`NoisyGradients` is that loop for data in memory, and refuses a step more than the plan has:
+
+>>> gradients = privacy.NoisyGradients(plan, privacy.Keys.from_entropy(), loss_fn, data)
+>>> params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients(params))
+
 No layer is known to `clipped_sum` by name: it reads the trace of `loss_fn`, and the gradients
 of single examples are never formed for what is a matrix product, a convolution or a lookup
 there. Parameters used in any other way are clipped by vmap, and a warning names them where
@@ -80,6 +85,7 @@ from dpcap.privacy.clipping import (
 from dpcap.privacy.digests import digest
 from dpcap.privacy.keys import Keys, KeyStore
 from dpcap.privacy.mechanisms import MECHANISMS
+from dpcap.privacy.noisy_gradients import NoisyGradients, gradient_sum
 from dpcap.privacy.plan import PrivacyPlan, calibrate
 from dpcap.privacy.provenance import foreign_statement, is_generated, make_start
 from dpcap.privacy.sampling import SAMPLERS
@@ -99,6 +105,7 @@ __all__ = [
   'KeyStore',
   'MECHANISMS',
   'MixedExamplesError',
+  'NoisyGradients',
   'PrivacyPlan',
   'RunningSum',
   'SAMPLERS',
@@ -108,6 +115,7 @@ __all__ = [
   'clipped_sum',
   'digest',
   'foreign_statement',
+  'gradient_sum',
   'is_generated',
   'make_start',
   'make_statement',

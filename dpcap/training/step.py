@@ -180,16 +180,8 @@ def make_step(
 
   def gradient_sum(frozen, params, examples, mask) -> privacy.ClippedSum:
     loss_fn = example_loss(model, frozen)
-    if not plan.noisy:
-      return privacy.plain_sum(loss_fn, params, examples, mask)
-    return privacy.clipped_sum(
-      loss_fn,
-      params,
-      examples,
-      mask,
-      clip_norm=plan.clip_norm,
-      clip_function=clip_function,
-      strategy=clipping,
+    return privacy.gradient_sum(
+      plan, loss_fn, params, examples, mask, clip_function=clip_function, strategy=clipping
     )
 
   # Rows are apart in here; what their model axis does is left to the compiler.
