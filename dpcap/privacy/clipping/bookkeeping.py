@@ -17,12 +17,11 @@ from dpcap.privacy.clipping.kept_sites import keep_sites
 from dpcap.privacy.clipping.replay import replay
 from dpcap.privacy.clipping.sites import Path, Site
 from dpcap.privacy.clipping.strategy import ClippedSum, Problem
-from dpcap.privacy.clipping.uses import find_uses
 
 
 def bookkeeping(problem: Problem) -> ClippedSum:
   """The clipped sum, from one forward and one backward pass of the batch."""
-  uses = find_uses(problem.trace, problem.params)
+  uses = problem.uses
   leaves, treedef = jax.tree.flatten(problem.params)
 
   def at_site(site, x, w, slot):

@@ -131,8 +131,6 @@ def clipped_sum(
   if not mask.size:
     zeros = jax.tree.map(lambda p: jnp.zeros_like(at_least_float32(jnp.asarray(p))), params)
     return ClippedSum(zeros, *(jnp.zeros(0) for _ in range(3)))
-  if strategy == 'auto':
-    strategy = _choice(find_uses(trace, params, warn=False))
 
   def factor_of(norms: GradientNorms) -> jax.Array:
     # Of one norm at a time: no example's factor may depend on another's gradient.
@@ -144,7 +142,7 @@ def clipped_sum(
     return jnp.where(factors > 0, factors, 0)  # of NaN too
 
   problem = Problem(loss_fn, trace, params, batch, mask, factor_of)
-  return CLIPPING_STRATEGIES[strategy](problem)
+  return CLIPPING_STRATEGIES[_choice(problem.uses) if strategy == 'auto' else strategy](problem)
 
 
 def choose_strategy(loss_fn: LossFn, params: PyTree, batch: PyTree) -> str:

@@ -33,7 +33,7 @@ from dpcap.privacy.clipping.replay import replay
 from dpcap.privacy.clipping.rounding import at_least_float32
 from dpcap.privacy.clipping.sites import Path, Site
 from dpcap.privacy.clipping.strategy import ClippedSum, Problem
-from dpcap.privacy.clipping.uses import Uses, find_uses
+from dpcap.privacy.clipping.uses import Uses
 
 PyTree = Any
 
@@ -72,7 +72,7 @@ class _Gradients(NamedTuple):
 
 def ghost(problem: Problem) -> ClippedSum:
   """The clipped sum, from one forward and two backward passes of the batch."""
-  uses = find_uses(problem.trace, problem.params)
+  uses = problem.uses
   leaves, treedef = jax.tree.flatten(problem.params)
   dtype = functools.reduce(jnp.promote_types, map(jnp.result_type, leaves), jnp.float32)
   alone = [group[0] for group in uses.groups if _is_alone(group)]

@@ -1,5 +1,7 @@
 """What a strategy of clipping is given, and what it gives back."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,12 +9,14 @@ import jax
 from jax.extend import core
 
 from dpcap.privacy.clipping.gradient_norms import GradientNorms
+from dpcap.privacy.clipping.uses import Uses, find_uses
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 
-class Problem(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Problem:
   """A clipped sum to compute.
 
   Attributes:
@@ -30,6 +34,11 @@ class Problem(NamedTuple):
   batch: PyTree
   mask: jax.Array
   factor_of: Callable[[GradientNorms], jax.Array]
+
+  @functools.cached_property
+  def uses(self) -> Uses:
+    """What the trace does with the parameters; warns where that is costly."""
+    return find_uses(self.trace, self.params)
 
 
 class ClippedSum(NamedTuple):
