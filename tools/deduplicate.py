@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('manifest', metavar='MANIFEST', help='of tools.index_shards or tools.prepare_icons')
   add('out', nargs='?', metavar='OUT', help='manifest to write')
   add('--keep', default='all', choices=groups_lib.KEEP, help='all: a group is one unit; one: of each')
-  add('--bits', type=int, default=6, help='of 64, that hashes of near duplicates differ in at most')
+  add('--bits', type=int, default=4, help='of 64, that hashes of near duplicates differ in at most')
   add('--sheet', help='PNG to draw groups on')
   add('--part', help='K/N: read the shards K, K + N, ... only, and write no manifest')
   add('--executor', default='auto', choices=EXECUTORS, help='auto: processes for local shards')

@@ -100,7 +100,8 @@ class TarShards:
     'path': Key(
       str,
       '',
-      'folder, glob, brace range or URL of the tar shards, or a manifest of tools.index_shards',
+      'folder, glob, brace range or URL of the tar shards, or a manifest of tools.index_shards'
+      ' or tools.deduplicate',
       check=GIVEN,
     ),
     'image_keys': Key(
