@@ -16,26 +16,32 @@ Caught are copies with the same pixels, and pictures that look the same in grey:
 saved anew as JPEG, lighter or darker, of other colours that are as light. Not caught are parts of a
 picture (4 of 64 pixels cut off are enough), mirrored or turned ones, negatives, and text or a frame
 laid over it: they are other pictures here. Captions do not count. Groups hang together by pairs, so
-two of a large one may look less alike. Flags and logos that differ in colour alone are taken for one;
---sheet draws the largest groups and some at random, to be looked at.
+two of a large one may look less alike. Flags and logos that differ in colour alone are taken for
+one; --sheet draws the largest groups and some at random, to be looked at.
 
 What is kept of a shard's pictures lies in a file beside its index. A shard that has it is not read
 again, so the same command goes on after an interruption. On many machines, run it with --part=0/64
 to --part=63/64, which read a part of the shards each and write no manifest, then once without: the
-indexes, made with --index_dir, must be where all reach. That last run holds 300 bytes a picture.
+indexes, made with --index_dir, must be where all reach. That last run holds 300 bytes a picture. Or
+have them read by an Apache Beam pipeline (pip install '.[beam]'), whose workers have this
+repository in their Python path; options that this program does not know are Beam's:
 
-Prints one JSON line: {"records", "undecodable", "exact_copies", "near_copies", "groups_of_several",
-"largest", "keep", "examples", "manifest", "read", "seconds"}. Copies are records beyond the first of
-their group, exact ones those with the pixels of an earlier record; `largest` are sizes of groups;
-`examples` is N; `read` counts the shards that were read now. With --part: {"shards", "read",
-"seconds"}. Exits 2 if something is wrong.
+    python -m tools.deduplicate gs://bucket/index/manifest.json --runner=DataflowRunner --project=...
+
+Prints one JSON line: {"records", "undecodable", "exact_copies", "near_copies",
+"groups_of_several", "largest", "keep", "examples", "manifest", "read", "seconds"}. Copies are
+records beyond the first of their group, exact ones those with the pixels of an earlier record;
+`largest` are sizes of groups; `examples` is N; `read` counts the shards that were read now. With
+--part: {"shards", "read", "seconds"}. Exits 2 if something is wrong.
 """
 
 import dpcap.ending  # noqa: F401, I001  before what takes long
 
 import argparse
 import concurrent.futures.process
+import itertools
 import json
+import os
 import sys
 import time
 
@@ -45,16 +51,17 @@ from dpcap.data import groups as groups_lib
 from dpcap.data import tar_manifest
 from dpcap.data.tar_index import Index
 from dpcap.errors import UserError
+from tools import beam_pipeline
 from tools.arguments import Parser, program
 from tools.dedup_parts import near, sheet
-from tools.dedup_parts.pictures import Pictures, load, read_shard
+from tools.dedup_parts.pictures import Pictures, load, load_all, read_shard
 from tools.parallel import EXECUTORS, run_each, show_progress
 
 _LARGEST = 5
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-  """The checked options; `part` becomes a pair of numbers.
+  """The checked options; `part` becomes a pair of numbers, `beam` are those for Beam.
 
   Raises:
     UserError: naming the option, its value and what is allowed.
@@ -63,13 +70,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add('manifest', metavar='MANIFEST', help='of tools.index_shards or tools.prepare_icons')
   add('out', nargs='?', metavar='OUT', help='manifest to write')
-  add('--keep', default='all', choices=groups_lib.KEEP, help='all: a group is one unit; one: of each')
+  add('--keep', default='all', choices=groups_lib.KEEP, help='all: groups are units; one: of each')
   add('--bits', type=int, default=4, help='of 64, that hashes of near duplicates differ in at most')
   add('--sheet', help='PNG to draw groups on')
   add('--part', help='K/N: read the shards K, K + N, ... only, and write no manifest')
   add('--executor', default='auto', choices=EXECUTORS, help='auto: processes for local shards')
   add('--workers', type=int, help='of those; one per core, or 32 threads, if not given')
-  options = parser.parse_args(argv)
+  add('--runner', help='of Apache Beam, such as DirectRunner; none: this machine, without Beam')
+  options, options.beam = parser.parse_known_args(argv)
+  if options.beam and not options.runner:
+    raise UserError(f'{options.beam[0]!r} is no option; further ones are allowed with --runner only')
   if options.workers is not None and options.workers < 1:
     raise UserError(f'--workers={options.workers} must be 1 or more')
   if not 0 <= options.bits <= near.MOST_BITS:
@@ -100,8 +110,10 @@ def read_shards(indexes: list[Index], executor: str, workers: int | None) -> int
   try:
     return sum(new for _, new in show_progress('reading', results, len(indexes)))
   except concurrent.futures.process.BrokenProcessPool as e:
-    waiting = ', '.join(index.shard for index in indexes if load(index) is None)
-    raise UserError(f'a picture ended the process that decoded it, in one of {waiting}') from e
+    # They are begun in their order.
+    unread = (index.shard for index in indexes if load(index) is None)
+    begun = ', '.join(itertools.islice(unread, workers or os.cpu_count()))
+    raise UserError(f'a picture ended the process that decoded it, in one of {begun}') from e
 
 
 def summarize(pictures: Pictures, exact: np.ndarray, firsts: np.ndarray) -> dict:
@@ -133,10 +145,13 @@ def main(argv: list[str] | None) -> None:
     if options.part:
       first, of = options.part
       indexes = indexes[first::of]
+    if options.runner:
+      beam_pipeline.run(read_shard, indexes, options.runner, options.beam)
+    # After a pipeline, too: what it read is found, and what it could not read is told here.
     read = read_shards(indexes, options.executor, options.workers)
     summary = {'shards': len(indexes)}
     if not options.part:
-      pictures = Pictures(*map(np.concatenate, zip(*map(load, indexes))))
+      pictures = load_all(indexes)
       exact, firsts = near.find_groups(pictures, options.bits)
       groups = groups_lib.write(options.out, firsts, options.keep)
       tar_manifest.write(options.out, indexes, manifest.wanted, groups)

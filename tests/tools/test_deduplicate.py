@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import sys
 import tarfile
 
 import numpy as np
@@ -209,12 +210,28 @@ def test_processes_read_what_threads_do(manifest, capsys):
   assert run(capsys, manifest, '--executor=processes', '--workers=1')[1]['near_copies'] == 1
 
 
+def test_beam_reads_what_processes_do(manifest, capsys):
+  pytest.importorskip('apache_beam')
+  status, summary, _ = run(capsys, manifest, '--runner=DirectRunner', '--executor=threads')
+  assert status == 0
+  assert (summary['read'], summary['near_copies'], summary['examples']) == (0, 1, 6)
+  status, _, errors = run(capsys, manifest, '--runner=NoRunner')
+  assert status == 2 and 'NoRunner: Beam says' in errors
+
+
+def test_beam_that_is_missing_is_told(manifest, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'apache_beam', None)
+  status, _, errors = run(capsys, manifest, '--runner=DirectRunner', '--temp_location=/tmp')
+  assert status == 2 and "pip install '.[beam]'" in errors and errors.count('\n') == 1
+
+
 @pytest.mark.parametrize(
   'arguments, reason',
   [
     (['--bits=9'], '--bits=9 must be 0 to 8'),
     (['--workers=0'], '--workers=0 must be'),
     (['--keep=two'], 'two'),
+    (['--project=x'], "'--project=x' is no option; further ones"),
     (['--part=2/2'], '--part=2/2 must be K/N'),
     (['--part=-1/2'], '--part=-1/2 must be K/N'),
     (['--sheet=a.jpg'], 'sheet is a.jpg; it must end in .png'),
@@ -243,9 +260,10 @@ def test_a_picture_that_ends_its_reader_is_told(manifest, capsys, monkeypatch):
     raise deduplicate.concurrent.futures.process.BrokenProcessPool('died')
     yield
 
+  run(capsys, manifest, '--part=0/2', '--executor=threads')
   monkeypatch.setattr(deduplicate, 'run_each', broken)
   status, _, errors = run(capsys, manifest)
-  assert status == 2 and 'in one of' in errors and 'a.tar' in errors and 'b.tar' in errors
+  assert status == 2 and 'in one of' in errors and 'a.tar' not in errors and 'b.tar' in errors
 
 
 def test_no_shards_no_groups(tmp_path, capsys):

@@ -3,9 +3,11 @@
 Made once, in one small file per shard beside its index; a shard that has it is not read again.
 """
 
+import errno
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +33,25 @@ class Pictures(NamedTuple):
 
   digests: np.ndarray
   thumbnails: np.ndarray
+
+
+def load_all(indexes: Sequence[Index]) -> Pictures:
+  """The pictures of all shards, which have their files.
+
+  Raises:
+    StoreError: a file cannot be read, or is of another state of its shard.
+  """
+  count = sum(index.count for index in indexes)
+  found = Pictures(np.zeros(count, np.uint64), np.zeros((count, SIDE, SIDE), np.uint8))
+  start = 0
+  for index in indexes:
+    of_shard = load(index)
+    if of_shard is None:
+      raise StoreError(errno.ESTALE, 'it changed since it was made', file_of(index))
+    for array, part in zip(found, of_shard):
+      array[start : start + index.count] = part
+    start += index.count
+  return found
 
 
 def file_of(index: Index) -> str:
