@@ -114,7 +114,7 @@ def main(argv: list[str] | None) -> int:
     manifest = manifest_file(options, shards)
     work = functools.partial(try_index_shard, wanted=wanted, index_dir=options.index_dir)
     results = run_each(work, shards, shards, options.executor, options.workers)
-    shown = show_progress('indexing', results, len(shards), count_found())
+    shown = show_progress('indexing', results, len(shards), count=count_found())
     indexes = [index for _, index in sorted(shown)]
     tar_manifest.write(manifest, indexes, wanted)
   except OSError as e:

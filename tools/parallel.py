@@ -59,34 +59,39 @@ def run_each(
 
 def show_progress(
   title: str,
-  results: Iterable[tuple[int, Any]],
+  results: Iterable[tuple[Any, Any]],
   total: int,
+  unit: str = 'shards',
+  size: Callable[[Any], int] = lambda name: 1,
   count: Callable[[Any], str] = lambda result: '',
-) -> Iterator[tuple[int, Any]]:
+) -> Iterator[tuple[Any, Any]]:
   """Passes results on under a progress bar; on a screen that is none, a line now and then.
 
   Args:
-    title: what is done to shards.
-    results: of `run_each`.
-    total: how many there will be.
-    count: is called with each result, and says what has been found so far.
+    title: what is done.
+    results: pairs, the first of which names what was done, as those of `run_each`.
+    total: how many units there will be.
+    unit: what is counted.
+    size: how many units a name stands for.
+    count: is called with the second of each pair, and says what has been found so far.
   """
   console = Console(file=sys.stderr, highlight=False)
-  last_line = time.monotonic()
+  done, last_line = 0, time.monotonic()
   with progress.Progress(
     progress.TextColumn(title),
     progress.BarColumn(),
     progress.MofNCompleteColumn(),
-    progress.TextColumn('shards  {task.fields[found]}'),
+    progress.TextColumn(f'{unit}  {{task.fields[found]}}'),
     progress.TimeRemainingColumn(),
     console=console,
     disable=not console.is_terminal,
   ) as bar:
     task = bar.add_task('', total=total, found='')
-    for done, result in enumerate(results, 1):
+    for result in results:
+      done += size(result[0])
       found = count(result[1])
       bar.update(task, completed=done, found=found)
       if not console.is_terminal and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
         last_line = time.monotonic()
-        console.print(f'{title}: {done}/{total} shards  {found}', soft_wrap=True)
+        console.print(f'{title}: {done:,} of {total:,} {unit}  {found}', soft_wrap=True)
       yield result

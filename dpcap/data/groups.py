@@ -2,9 +2,10 @@
 
 A picture that is there nine times is not protected by the guarantee of one record. Where the group
 is the unit (keep 'all'), N is the number of groups, a step draws groups, each by itself, and of a
-group that was drawn one record, by the generator of that group in that step. So the records of a
-group contribute together what one record does, at most C, whatever their number. With keep 'one' a
-group is its first record and the others are in no draw: the guarantee speaks of those that are kept.
+group that was drawn one record, the same for all views, by that group's generator of that step. So
+the records of a group contribute together what one record does, at most C, whatever their number.
+With keep 'one' a group is its first record and the others are in no draw: the guarantee speaks of
+those that are kept.
 
 A file of groups is one array, uint32 in npy format: where each group starts and where the last one
 ends (groups + 1), then the numbers of all records, group by group, each group's first one first.
