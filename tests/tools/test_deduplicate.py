@@ -6,6 +6,7 @@ import json
 import sys
 import tarfile
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
@@ -204,6 +205,23 @@ def test_a_shard_that_changed_is_read_again(manifest, capsys):
   after = run(capsys, manifest, '--executor=threads')[1]
   assert (before['read'], after['read']) == (2, 1)
   assert after['records'] == 13 and after['exact_copies'] == 3
+
+
+def test_shards_in_a_store(manifest, capsys):
+  store = fsspec.filesystem('memory')
+  try:
+    for file in manifest.parent.glob('*.tar'):
+      store.pipe_file(f'/near/{file.name}', file.read_bytes())
+    command = ('memory://near/*.tar', '--index_dir=memory://near/index')
+    path = run(capsys, *command, program=index_shards)[1]['manifest']
+    status, summary, _ = run(capsys, path)
+    assert status == 0 and summary['examples'] == 6
+    assert summary['manifest'] == 'memory://near/index/manifest.keep_all.json'
+    source = TarShards(summary['manifest'])
+    assert [r['caption'].decode() for r in source] == ['a0', 'a1', 'a2', 'a3', 'b1', 'b3']
+    assert run(capsys, path)[1]['read'] == 0
+  finally:
+    store.rm('/near', recursive=True)
 
 
 def test_processes_read_what_threads_do(manifest, capsys):
