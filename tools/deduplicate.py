@@ -1,7 +1,7 @@
 """Finds exact and near duplicates among the pictures of tar shards; writes a manifest with groups.
 
     python -m tools.index_shards SHARDS...
-    python -m tools.deduplicate MANIFEST [OUT] [--keep=all|one] [--sheet=FILE.png]
+    python -m tools.deduplicate MANIFEST [OUT] [--keep=all|one] [--sheet=FILE.private.png]
 
 A picture that is in the data nine times is not protected by the guarantee of one record. OUT is
 what `data.source.path` of a config becomes instead of MANIFEST (of tools.index_shards or
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('out', nargs='?', metavar='OUT', help='manifest to write')
   add('--keep', default='all', choices=groups_lib.KEEP, help='all: groups are units; one: of each')
   add('--bits', type=int, default=4, help='of 64, that hashes of near duplicates differ in at most')
-  add('--sheet', help='PNG to draw groups on')
+  add('--sheet', help='PNG to draw groups on; it shows the data')
   add('--part', help='K/N: read the shards K, K + N, ... only, and write no manifest')
   add('--executor', default='auto', choices=EXECUTORS, help='auto: processes for local shards')
   add('--workers', type=int, help='of those; one per core, or 32 threads, if not given')
@@ -84,7 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     raise UserError(f'--workers={options.workers} must be 1 or more')
   if not 0 <= options.bits <= near.MOST_BITS:
     raise UserError(f'--bits={options.bits} must be 0 to {near.MOST_BITS}')
-  for name, ending in (('manifest', '.json'), ('out', '.json'), ('sheet', '.png')):
+  for name, ending in (('manifest', '.json'), ('out', '.json'), ('sheet', '.private.png')):
     value = getattr(options, name)
     if value and not value.endswith(ending):
       raise UserError(f'{name} is {value}; it must end in {ending}')
