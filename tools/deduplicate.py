@@ -26,7 +26,8 @@ indexes, made with --index_dir, must be where all reach. That last run holds 300
 have them read by an Apache Beam pipeline (pip install '.[beam]'), whose workers have this
 repository in their Python path; options that this program does not know are Beam's:
 
-    python -m tools.deduplicate gs://bucket/index/manifest.json --runner=DataflowRunner --project=...
+    python -m tools.deduplicate gs://bucket/index/manifest.json \\
+        --runner=DataflowRunner --project=...
 
 Prints one JSON line: {"records", "undecodable", "exact_copies", "near_copies",
 "groups_of_several", "largest", "keep", "examples", "manifest", "read", "seconds"}. Copies are
@@ -79,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--runner', help='of Apache Beam, such as DirectRunner; none: this machine, without Beam')
   options, options.beam = parser.parse_known_args(argv)
   if options.beam and not options.runner:
-    raise UserError(f'{options.beam[0]!r} is no option; further ones are allowed with --runner only')
+    raise UserError(f'{options.beam[0]!r} is no option; others are allowed with --runner only')
   if options.workers is not None and options.workers < 1:
     raise UserError(f'--workers={options.workers} must be 1 or more')
   if not 0 <= options.bits <= near.MOST_BITS:

@@ -164,7 +164,8 @@ def manifest(tmp_path, capsys):
 
 
 def test_a_manifest_of_groups(manifest, capsys, tmp_path):
-  status, summary, _ = run(capsys, manifest, f'--sheet={tmp_path}/s.private.png', '--executor=threads')
+  sheet = tmp_path / 's.private.png'
+  status, summary, _ = run(capsys, manifest, f'--sheet={sheet}', '--executor=threads')
   assert status == 0
   expected = {'records': 8, 'undecodable': 1, 'exact_copies': 1, 'near_copies': 1, 'read': 2}
   expected |= {'groups_of_several': 2, 'largest': [2, 2, 1, 1, 1], 'examples': 6, 'keep': 'all'}
@@ -176,7 +177,7 @@ def test_a_manifest_of_groups(manifest, capsys, tmp_path):
     rngs = [np.random.default_rng([seed, i]) for i in range(6)]
     drawn.update(record['caption'].decode() for record in source.read_each(range(6), rngs))
   assert drawn == {'a0', 'a1', 'a2', 'a3', 'b0', 'b1', 'b2', 'b3'}
-  assert np.asarray(Image.open(tmp_path / 's.private.png'))[0, 0].tolist() == [250, 250, 245]
+  assert np.asarray(Image.open(sheet))[0, 0].tolist() == [250, 250, 245]
 
 
 def test_one_of_each_group_is_kept_and_nothing_is_read_twice(manifest, capsys, monkeypatch):
@@ -249,7 +250,7 @@ def test_beam_that_is_missing_is_told(manifest, capsys, monkeypatch):
     (['--bits=9'], '--bits=9 must be 0 to 8'),
     (['--workers=0'], '--workers=0 must be'),
     (['--keep=two'], 'two'),
-    (['--project=x'], "'--project=x' is no option; further ones"),
+    (['--project=x'], "'--project=x' is no option; others are allowed"),
     (['--part=2/2'], '--part=2/2 must be K/N'),
     (['--part=-1/2'], '--part=-1/2 must be K/N'),
     (['--sheet=a.png'], 'sheet is a.png; it must end in .private.png'),
