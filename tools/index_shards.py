@@ -25,26 +25,21 @@ the command once for all shards: it finds the indexes, and writes the manifest.
 import dpcap.ending  # noqa: F401, I001  before what takes long
 
 import argparse
-import concurrent.futures
+import functools
 import json
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 
-from rich import progress
-from rich.console import Console
-
-from dpcap.data import tar_manifest, watchdog
+from dpcap.data import tar_manifest
 from dpcap.data.byte_ranges import is_local
 from dpcap.data.tar_index import THREADS, Counts, Index, Wanted, find_shards, total, try_index_shard
 from dpcap.data.tar_shards import IMAGE_KEYS, describe_counts, make_wanted
 from dpcap.errors import UserError
 from tools.arguments import Parser, program
+from tools.parallel import EXECUTORS, run_each, show_progress
 
-_EXECUTORS = ('auto', 'processes', 'threads')
-_SECONDS_BETWEEN_LINES = 10.0
 _NAMED = 20  # damaged shards on the screen; the manifest lists all
 
 
@@ -62,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--image_keys', help=f'extensions of images; {",".join(IMAGE_KEYS)} if not given')
   add('--caption_key', default='txt', help="extension of captions, or 'json:FIELD'")
   add('--label_key', help='field of the json whose values are collected as classes')
-  add('--executor', default='auto', choices=_EXECUTORS, help='auto: processes for local shards')
+  add('--executor', default='auto', choices=EXECUTORS, help='auto: processes for local shards')
   add('--workers', type=int, help=f'of those; one per core, or {THREADS} threads, if not given')
   add('--strict', action='store_true', help='exit 1 if any shard was left out')
   options, others = parser.parse_known_args(argv)
@@ -75,57 +70,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   return options
 
 
-def run_here(
-  shards: list[str], wanted: Wanted, index_dir: str | None, executor: str, workers: int | None
-) -> Iterator[tuple[int, Index]]:
-  """Yields (number of the shard, its index) as they are done; see `parse` for the arguments."""
-  if executor == 'auto':
-    executor = 'processes' if all(map(is_local, shards)) else 'threads'
-  if executor == 'threads':
-    pool = concurrent.futures.ThreadPoolExecutor(workers or THREADS)
-  else:
-    context = multiprocessing.get_context('forkserver')
-    # Imported once, there, instead of in each process.
-    context.set_forkserver_preload(['dpcap.data.tar_index'])
-    pool = concurrent.futures.ProcessPoolExecutor(
-      workers or os.cpu_count(), context, initializer=watchdog.follow_parent
-    )
-  try:
-    number_of = {
-      pool.submit(try_index_shard, shard, wanted, index_dir): number
-      for number, shard in enumerate(shards)
-    }
-    for future in concurrent.futures.as_completed(number_of):
-      yield number_of[future], future.result()
-  finally:
-    # Processes end with this one, whatever they are at.
-    pool.shutdown(wait=executor == 'threads', cancel_futures=True)
+def count_found() -> Callable[[Index], str]:
+  """A function that says how much there is in the indexes that it was called with."""
+  examples = size = 0
 
+  def count(index: Index) -> str:
+    nonlocal examples, size
+    examples, size = examples + index.count, size + index.size
+    return f'{examples:,} examples  {size / 1e9:,.1f} GB'
 
-def show_progress(results: Iterable[tuple[int, Index]], shards: int) -> Iterator[tuple[int, Index]]:
-  """Passes results on under a progress bar; on a screen that is none, a line now and then."""
-  console = Console(file=sys.stderr, highlight=False)
-  examples = size = done = 0
-  last_line = time.monotonic()
-  with progress.Progress(
-    progress.TextColumn('indexing'),
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TextColumn('shards  {task.fields[found]}'),
-    progress.TimeRemainingColumn(),
-    console=console,
-    disable=not console.is_terminal,
-  ) as bar:
-    task = bar.add_task('', total=shards, found='')
-    for result in results:
-      done += 1
-      examples, size = examples + result[1].count, size + result[1].size
-      found = f'{examples:,} examples  {size / 1e9:,.1f} GB'
-      bar.update(task, completed=done, found=found)
-      if not console.is_terminal and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-        last_line = time.monotonic()
-        console.print(f'{done}/{shards} shards  {found}', soft_wrap=True)
-      yield result
+  return count
 
 
 def manifest_file(options: argparse.Namespace, shards: list[str]) -> str:
@@ -158,8 +112,10 @@ def main(argv: list[str] | None) -> int:
     wanted = make_wanted(options.image_keys, options.caption_key, options.label_key)
     shards = find_shards(options.shards)
     manifest = manifest_file(options, shards)
-    results = run_here(shards, wanted, options.index_dir, options.executor, options.workers)
-    indexes = [index for _, index in sorted(show_progress(results, len(shards)))]
+    work = functools.partial(try_index_shard, wanted=wanted, index_dir=options.index_dir)
+    results = run_each(work, shards, shards, options.executor, options.workers)
+    shown = show_progress('indexing', results, len(shards), count=count_found())
+    indexes = [index for _, index in sorted(shown)]
     tar_manifest.write(manifest, indexes, wanted)
   except OSError as e:
     raise UserError(f'{e.filename or "the manifest"}: {e.strerror or e}') from e

@@ -34,12 +34,8 @@ import os
 import pathlib
 import shutil
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-from rich import progress
-from rich.console import Console
 
 from dpcap.data import watchdog
 from dpcap.data.tar_index import write_whole
@@ -50,8 +46,8 @@ from tools.icon_parts.drawing import Drawn, draw_set, load_drawn
 from tools.icon_parts.package import BRING_IT, Package
 from tools.icon_parts.splits import SPLITS, split_of
 from tools.icon_parts.vocabulary import make_vocabulary
+from tools.parallel import show_progress
 
-_SECONDS_BETWEEN_LINES = 10.0
 _SIDES = (8, 1024)
 
 
@@ -147,36 +143,6 @@ def draw_all(
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-def show_progress(
-  results: Iterable[tuple[str, Drawn]], icons: dict[str, int]
-) -> Iterator[tuple[str, Drawn]]:
-  """Passes results on under a progress bar; on a screen that is none, a line now and then.
-
-  Args:
-    icons: how many each set has, roughly.
-  """
-  console = Console(file=sys.stderr, highlight=False)
-  done, total = 0, sum(icons.values())
-  last_line = time.monotonic()
-  with progress.Progress(
-    progress.TextColumn('drawing'),
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TextColumn('icons'),
-    progress.TimeRemainingColumn(),
-    console=console,
-    disable=not console.is_terminal,
-  ) as bar:
-    task = bar.add_task('', total=total)
-    for name, drawn in results:
-      done += icons[name]
-      bar.update(task, completed=done)
-      if not console.is_terminal and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-        last_line = time.monotonic()
-        console.print(f'{done:,} of about {total:,} icons', soft_wrap=True)
-      yield name, drawn
-
-
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
   """Makes what the options ask for; returns the summary.
 
@@ -198,7 +164,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
   drawn = {name: load_drawn(name, folder) for name in splits}
   todo = {n: package.collections[n].get('total', 0) for n, found in drawn.items() if not found}
   drawing = draw_all(package, list(todo), options.side, folder, options.workers)
-  for name, found in show_progress(drawing, todo):
+  for name, found in show_progress('drawing', drawing, sum(todo.values()), 'icons', todo.get):
     drawn[name] = found
   kept, left_out = shards.arrange({name: (splits[name], drawn[name]) for name in splits})
   by_set = {name: found.left_out for name, found in drawn.items() if found.left_out}

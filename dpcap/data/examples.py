@@ -17,6 +17,7 @@ import numpy as np
 
 from dpcap.data import augment
 from dpcap.data import image as image_ops
+from dpcap.data.groups import Groups
 from dpcap.data.source import BadRecord, Record, choose_caption
 from dpcap.data.text import Tokenizer
 
@@ -125,11 +126,16 @@ class Transform:
     return array
 
 
-def unit(fields: Sequence[str]) -> str:
-  """What one record is to a model that takes these fields of it: the unit of privacy, in words."""
-  if 'tokens' in fields:
-    return 'image-text pair'
-  return 'labelled image' if 'label' in fields else 'image'
+def unit(fields: Sequence[str], groups: Groups | None = None) -> str:
+  """What one record is to a model that takes these fields of it: the unit of privacy, in words.
+
+  Args:
+    fields: of an example.
+    groups: of the source, where records are groups.
+  """
+  one = 'labelled image' if 'label' in fields else 'image'
+  one = 'image-text pair' if 'tokens' in fields else one
+  return groups.unit(one) if groups else one
 
 
 def check_known(label: int) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import cloudpickle
+import numpy as np
 
 from dpcap.data import watchdog
 from dpcap.data.source import BadRecord, Record, Source, read_each
@@ -48,9 +49,13 @@ class Guarded:
       raise record
     return record
 
-  def read_each(self, indices: Sequence[int]) -> Iterator[Record | BadRecord]:
+  def read_each(
+    self, indices: Sequence[int], rngs: Sequence[np.random.Generator] | None = None
+  ) -> Iterator[Record | BadRecord]:
     """As `dpcap.data.source.read_each`."""
-    records = read_each(self.source, [i for i in indices if not self.leave_out(i)])
+    kept = [place for place, index in enumerate(indices) if not self.leave_out(index)]
+    of_kept = None if rngs is None else [rngs[place] for place in kept]
+    records = read_each(self.source, [indices[place] for place in kept], of_kept)
     for index in indices:
       if self.leave_out(index):
         yield BadRecord('it ends or hangs the process that reads it')

@@ -66,7 +66,7 @@ class LogicalBatches:
     source: where records come from.
     transform: how they become examples.
     draw: step -> ascending indices of the logical batch.
-    augmentation_rng: (step, index) -> the generator that augments it.
+    augmentation_rng: (step, index) -> the generator that augments it, and of a group draws one.
     steps: of the whole run.
     expected_batch_size: mean length of a draw.
     physical_batch: examples per physical batch.
@@ -131,12 +131,13 @@ class LogicalBatches:
     reasons = []
     places = [(row, i) for row, part in enumerate(parts) for i in range(len(part))]
     drawn = np.concatenate(parts).tolist()
-    records = read_each(self.source, drawn)
-    for place, index, record in zip(places, drawn, records, strict=True):
+    rngs = [self.augmentation_rng(step, index) for index in drawn]
+    records = read_each(self.source, drawn, rngs)
+    for place, index, rng, record in zip(places, drawn, rngs, records, strict=True):
       try:
         if isinstance(record, BadRecord):
           raise record
-        example = self.transform(record, self.augmentation_rng(step, index))
+        example = self.transform(record, rng)
         for name, array in examples.items():
           array[place] = example[name]
         mask[place] = True

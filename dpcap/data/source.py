@@ -39,6 +39,10 @@ class Source(Protocol):
 
   A source can be pickled: each worker process gets a copy and opens files there, on first use.
 
+  A record is the unit of privacy: what one index gives has no more of a step than one example.
+  Where it is a group of near duplicates, the source has an attribute `groups`
+  (`dpcap.data.groups`), and what is read is one of the group.
+
   Attributes:
     class_names: the name of each label, empty where the source has no labels.
     fingerprint: changes when the records do, as far as that can be told without reading them.
@@ -61,14 +65,24 @@ class Source(Protocol):
     """
 
 
-def read_each(source: Source, indices: Sequence[int]) -> Iterator[Record | BadRecord]:
+def read_each(
+  source: Source,
+  indices: Sequence[int],
+  rngs: Sequence[np.random.Generator] | None = None,
+) -> Iterator[Record | BadRecord]:
   """The record of each index in turn, or why it is bad.
 
-  A source may have a method `read_each(indices)` of its own, which knows all that a batch needs
-  and can fetch it ahead.
+  A source may have a method `read_each(indices, rngs)` of its own, which knows all that a batch
+  needs and can fetch it ahead. One whose records are groups must have it.
+
+  Args:
+    source: of the records.
+    indices: of records.
+    rngs: a generator for each, which draws one of a group; None: the first. Where there is no
+      choice nothing is drawn.
   """
   if hasattr(source, 'read_each'):
-    yield from source.read_each(indices)
+    yield from source.read_each(indices, rngs)
     return
   for index in indices:
     try:

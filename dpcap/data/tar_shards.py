@@ -16,11 +16,13 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from dpcap.data import tar_manifest
 from dpcap.data.byte_ranges import Span, forget_open_files, read_spans, real_place
 from dpcap.data.contents import ImageFiles
+from dpcap.data.groups import Groups
 from dpcap.data.source import BadRecord, Record, check_label, parse_fields
 from dpcap.data.tar_headers import BLOCK
 from dpcap.data.tar_index import (
@@ -71,7 +73,8 @@ class TarShards:
     path: a folder of *.tar, one file, a glob pattern, a brace range such as
       'gs://bucket/{00000..00041}.tar', or a list of these; local, or any URL that fsspec opens. Or
       the manifest (*.json) that tools/index_shards wrote: then nothing is indexed here, and the
-      shards are those that were whole when it was written.
+      shards are those that were whole when it was written. With one of tools/deduplicate a record
+      is a group of samples, see `groups`; reading it gives one of them.
     image_keys: extensions of image members, parted by commas; None: IMAGE_KEYS.
     caption_key: extension of the caption member, or 'json:FIELD' for a field of the json member,
       which may be a list of captions.
@@ -83,6 +86,7 @@ class TarShards:
 
   Attributes:
     class_names: tuple of names, empty without `label_key`.
+    groups: of the samples, see `dpcap.data.groups`; None: each is a record by itself.
     fingerprint: of names, sizes and times of all shards in use.
     about: what the indexes counted, for people.
 
@@ -96,7 +100,8 @@ class TarShards:
     'path': Key(
       str,
       '',
-      'folder, glob, brace range or URL of the tar shards, or a manifest of tools.index_shards',
+      'folder, glob, brace range or URL of the tar shards, or a manifest of tools.index_shards'
+      ' or tools.deduplicate',
       check=GIVEN,
     ),
     'image_keys': Key(
@@ -139,8 +144,9 @@ class TarShards:
     if isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith('.json'):
       if index_dir is not None:
         raise UserError(f'index_dir is {index_dir}; expected None: {path} names its index files')
-      indexes = tar_manifest.read(os.fspath(path), wanted)
+      indexes, _, self.groups = tar_manifest.read(os.fspath(path), wanted)
     else:
+      self.groups = None
       shards = find_shards(path)
       with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         indexes = list(pool.map(lambda shard: index_shard(shard, wanted, index_dir), shards))
@@ -155,14 +161,15 @@ class TarShards:
       if index.problem:
         logging.warning('%s: shard left out: %s', index.shard, index.problem)
     counts = total(index.counts for index in used)
-    self.about = describe_counts(sum(index.count for index in used), counts, wanted)
+    self.about = describe_counts(sum(index.count for index in used), counts, wanted, self.groups)
     if counts.strays or counts.repeated or counts.images < sum(index.count for index in used):
       logging.warning('data path %s: %s', path, self.about)
     self._shards = [index.shard for index in used]
     self._indexes = [(index.file, index.state) for index in used]
     self._ends = list(itertools.accumulate(index.count for index in used))
-    states = json.dumps([caption_key, *((index.shard, index.state) for index in used)])
-    self.fingerprint = hashlib.sha256(states.encode()).hexdigest()
+    of_groups = [self.groups.digest] if self.groups else []
+    states = [caption_key, *((index.shard, index.state) for index in used), *of_groups]
+    self.fingerprint = hashlib.sha256(json.dumps(states).encode()).hexdigest()
     if collect:
       order = lambda name: (0, int(name), '') if name.isdecimal() else (1, 0, name)
       class_names = sorted({name for index in used for name in index.labels}, key=order)
@@ -173,17 +180,17 @@ class TarShards:
 
   @property
   def contents(self) -> ImageFiles:
-    """The shards, and the images in them."""
+    """The shards, and the images in them, also those that duplicates were kept of."""
     return ImageFiles(
       'tar_shards',
       self.fingerprint,
       frozenset(map(real_place, self._shards)),
       [functools.partial(load_image_ids, *index) for index in self._indexes],
-      len(self),
+      self._ends[-1],
     )
 
   def __len__(self) -> int:
-    return self._ends[-1]
+    return self.groups.count if self.groups else self._ends[-1]
 
   def __getitem__(self, index: int) -> Record:
     """Reads the byte ranges of one sample; see `dpcap.data.source.Source`.
@@ -201,27 +208,38 @@ class TarShards:
       raise record
     return record
 
-  def read_each(self, indices: Sequence[int]) -> Iterator[Record | BadRecord]:
+  def read_each(
+    self, indices: Sequence[int], rngs: Sequence[np.random.Generator] | None = None
+  ) -> Iterator[Record | BadRecord]:
     """The record of each index in turn, or why it is bad; reads ahead from remote shards.
+
+    Args:
+      indices: of records.
+      rngs: the generators that draw one sample of a group; None: its first.
 
     Raises:
       IndexError, StoreError: as `__getitem__`.
     """
-    rows = [self._spans(index) for index in indices]
+    rngs = [None] * len(indices) if rngs is None else rngs
+    rows = [self._spans(self._sample(*each)) for each in zip(indices, rngs, strict=True)]
     contents = read_spans([span for row in rows for span in row if span])
     for row in rows:
       yield self._record(*[next(contents) if span else None for span in row])
 
   def where(self, index: int) -> str:
-    """The shard that holds a record."""
-    return self._shards[bisect.bisect_right(self._ends, index)]
+    """The shard that holds a record; the first sample of a group."""
+    return self._shards[bisect.bisect_right(self._ends, self._sample(index))]
 
-  def _spans(self, index: int) -> list[Span | None]:
-    """Where the image, the caption and the json of a sample lie; None: absent or not needed."""
+  def _sample(self, index: int, rng: np.random.Generator | None = None) -> int:
+    """The number of a record's sample among all that the shards hold."""
     if not 0 <= index < len(self):
       raise IndexError(f'index {index} out of range: the source holds {len(self)} records')
-    shard = bisect.bisect_right(self._ends, index)
-    row = load_table(*self._indexes[shard])[index - (self._ends[shard - 1] if shard else 0)]
+    return self.groups.record(index, rng) if self.groups else index
+
+  def _spans(self, sample: int) -> list[Span | None]:
+    """Where the image, the caption and the json of a sample lie; None: absent or not needed."""
+    shard = bisect.bisect_right(self._ends, sample)
+    row = load_table(*self._indexes[shard])[sample - (self._ends[shard - 1] if shard else 0)]
     needed = (True, not self._caption_field, bool(self._caption_field or self._label_key))
     spans = []
     for (block, size), need in zip(row.tolist(), needed):
@@ -249,10 +267,13 @@ class TarShards:
     return self._label_ids[str(value)]
 
 
-def describe_counts(samples: int, counts: Counts, wanted: Wanted) -> str:
-  """What indexes counted, for people."""
+def describe_counts(
+  samples: int, counts: Counts, wanted: Wanted, groups: Groups | None = None
+) -> str:
+  """What indexes counted, and groups of the samples, for people."""
   caption = f'KEY.{wanted.caption_key or "json"}'
-  said = f'N = {samples:,} samples: {counts.images:,} with an image that holds anything,'
+  said = f'N = {groups.count:,} {groups.units} of ' if groups else 'N = '
+  said += f'{samples:,} samples: {counts.images:,} with an image that holds anything,'
   said += f' {counts.captions:,} with {caption}, {counts.both:,} with both'
   if counts.repeated:
     said += f'; {counts.repeated:,} have the key of another one'

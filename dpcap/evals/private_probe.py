@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from dpcap import privacy
+from dpcap import data, privacy
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
 from dpcap.evals import features as features_lib
@@ -89,15 +89,17 @@ def evaluate(
   keys = batches_lib.exchange(tuple(privacy.Keys.from_entropy()))[0]
   weights = fit(plan, privacy.Keys(*keys), pair.train, len(pair.classes), learning_rate)
   predicted = np.asarray(logistic.predict(weights, unit(pair.test.features)))
+  groups = getattr(source, 'groups', None)
   statement = privacy.make_statement(
     plan,
     steps=plan.steps,
     releases=plan.steps,
     clipping_strategy=_CLIPPING,
     clip_function=str(privacy.Clip()),
-    unit='labelled image',
+    unit=data.unit(('image', 'label'), groups),
     keys_are_stored=False,
     not_covered=[
+      *([groups.not_covered] if groups else []),
       "the images that the features were trained on, for which the model's own statement speaks",
       'test images, and which classes the training images have',
     ],

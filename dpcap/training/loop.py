@@ -427,11 +427,11 @@ class _Run:
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state, on the main process."""
-    source = self._config.data.source.name
-    fields, not_covered = self._transform.fields, []
+    source, groups = self._config.data.source.name, getattr(self._source, 'groups', None)
+    fields, not_covered = self._transform.fields, [groups.not_covered] if groups else []
     if 'tokens' in fields:
       tokenizer = f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip()
-      not_covered = [
+      not_covered += [
         f'the vocabulary or filters, if they were made from the private data (here: {tokenizer})'
       ]
     if 'label' in fields:
@@ -444,7 +444,7 @@ class _Run:
       releases=self._store.releases(self.done),
       clipping_strategy=self._clipping,
       clip_function=str(self._clip_function),
-      unit=data.unit(fields),
+      unit=data.unit(fields, groups),
       fixed_seed=self._config.privacy.seed is not None,
       not_covered=[
         'diagnostics: files named *.private.* in the workdir, and what the screen showed',

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dpcap import data
 from dpcap.data import contents, tar_index, tar_manifest
+from dpcap.data import groups as groups_lib
 from dpcap.data.scenes import Scenes
 from dpcap.data.source import BadRecord
 from dpcap.data.tar_shards import TarShards, make_wanted
@@ -94,10 +95,13 @@ def _trained(tmp_path, monkeypatch):
   return TarShards(tmp_path / 'shards')
 
 
-def _write_manifest(folder):
+def _write_manifest(folder, firsts=(), keep=None):
+  file = str(folder / 'all.json')
   wanted = make_wanted('jpg', 'txt', None)
   indexes = [tar_index.index_shard(str(path), wanted) for path in sorted(folder.glob('*.tar'))]
-  tar_manifest.write(str(folder / 'all.json'), indexes, wanted)
+  groups = groups_lib.write(file, np.array(firsts), keep) if keep else None
+  tar_manifest.write(file, indexes, wanted, groups)
+  return file
 
 
 @pytest.mark.parametrize(
@@ -164,6 +168,19 @@ def test_shards_without_an_image_in_common_are_apart(trained, tmp_path):
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
   assert relation(trained, TarShards(tmp_path / 'test')) is True
+
+
+@pytest.mark.parametrize('keep', ['one', 'all'])
+def test_duplicates_of_what_was_kept_are_not_apart_from_it(tmp_path, keep):
+  """They were left out, or are read in some steps only: they look like what is trained on."""
+  write_shard(tmp_path / 'shards/00000.tar', range(10))
+  file = _write_manifest(tmp_path / 'shards', firsts=[0, 1, *range(2, 8), 0, 1], keep=keep)
+  trained = TarShards(file, image_keys='jpg')
+  assert len(trained) == 8 and trained.contents.count == 10
+  left_out = TarShards(write_shard(tmp_path / 'other/00000.tar', [8, 9]))
+  assert relation(trained, left_out) is False
+  assert relation(trained, TarShards(tmp_path / 'shards')) is False
+  assert relation(trained, TarShards(write_shard(tmp_path / 'new/00000.tar', [50]))) is True
 
 
 def test_empty_images_are_not_the_same_image(trained, tmp_path, monkeypatch):

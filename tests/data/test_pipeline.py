@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpcap import data
-from dpcap.data import pipeline
+from dpcap.data import groups, guarded, pipeline
 from dpcap.data.source import BadRecord, Record
 from dpcap.data.text import BytesTokenizer
 from dpcap.privacy.sampling import PoissonSampler, augmentation_generator
@@ -85,6 +85,39 @@ def test_each_step_holds_exactly_its_draw(physical, per_chunk):
     for chunk in steps[step]:
       assert chunk.live == [-(-chunk.drawn // physical)]
       assert not chunk.mask[0, chunk.live[0] :].any()
+
+
+class Grouped(Numbered):
+  """Record i is the group of the records i, i + 100, ... of `Numbered`."""
+
+  def __init__(self, folder):
+    super().__init__()
+    self.groups = groups.write(str(folder / 'all.json'), np.arange(_N) % 100, 'all')
+
+  def __len__(self):
+    return self.groups.count
+
+  def read_each(self, indices, rngs=None):
+    for index, rng in zip(indices, rngs or [None] * len(indices), strict=True):
+      yield self[self.groups.record(index, rng)]
+
+
+def test_a_group_that_is_drawn_gives_one_of_its_records_whatever_else_is_drawn(tmp_path):
+  source = Grouped(tmp_path)
+  read = {}
+  for every, physical in ((1, 8), (8, 64), (16, 8)):
+    drawn = np.setdiff1d(np.arange(0, 100, every), 13)  # whose captions are not all there
+    batches = make_batches(lambda _, drawn=drawn: drawn, source, steps=40, physical=physical)
+    # From step 20 on group 16 is fatal, and each of the others has its own generator as before.
+    for kind in (batches, guarded.GuardedBatches(batches, {16: 20 * batches.slots})):
+      steps = _by_step(batches, ((e, kind[e]) for e in range(len(batches))))
+      for step, chunks in steps.items():
+        indices = np.concatenate([_indices(chunk) for chunk in chunks])
+        left_out = [16] if kind is not batches and step >= 20 else []
+        np.testing.assert_array_equal(indices % 100, np.setdiff1d(drawn, left_out))
+        for index in indices.tolist():
+          assert read.setdefault((step, index % 100), index) == index
+  assert {read[step, 0] for step in range(40)} == {0, 100, 200, 300, 400}
 
 
 @pytest.mark.parametrize('size', [0, 1, 7, 50, 499])

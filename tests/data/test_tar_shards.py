@@ -13,6 +13,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
+from dpcap.data import groups as groups_lib
 from dpcap.data import tar_index, tar_manifest, tar_shards
 from dpcap.data.byte_ranges import StoreError
 from dpcap.data.image import decode
@@ -302,12 +303,14 @@ def test_read_each_gives_records_and_bad_ones_in_turn(folder):
 # --- the manifest ---------------------------------------------------------------------
 
 
-def write_manifest(folder, **options) -> str:
+def write_manifest(folder, firsts=(), keep=None, **options) -> str:
   wanted = tar_shards.make_wanted(
     options.get('image_keys'), 'txt', options.get('label_key')
   )
   indexes = [tar_index.index_shard(shard, wanted) for shard in tar_index.find_shards(folder)]
-  tar_manifest.write(f'{folder}/all.json', indexes, wanted)
+  firsts = np.array(firsts)
+  groups = groups_lib.write(f'{folder}/all.json', firsts, keep) if keep else None
+  tar_manifest.write(f'{folder}/all.json', indexes, wanted, groups)
   return f'{folder}/all.json'
 
 
@@ -326,6 +329,61 @@ def test_a_manifest_settles_the_shards_before_the_run(folder, monkeypatch):
   assert list(TarShards(manifest, label_key='label')) == list(labelled)
   with pytest.raises(UserError, match='index_dir'):
     TarShards(manifest, index_dir=folder)
+
+
+@pytest.fixture
+def grouped(folder):
+  """Writes manifests of 6 samples in two shards, 0 and 4 near duplicates, and 1, 2 and 5."""
+  write_shard(folder / 'a.tar', range(3))
+  write_shard(folder / 'b.tar', range(3, 6))
+  return lambda keep: write_manifest(folder, firsts=[0, 1, 1, 3, 0, 1], keep=keep)
+
+
+def test_a_group_of_samples_is_one_record(grouped):
+  source = TarShards(grouped('all'))
+  assert len(source) == 3 and 'N = 3 groups of near duplicates of 6 samples' in source.about
+  assert captions(source) == [b'caption 0', b'caption 1', b'caption 3']
+  assert source.where(2).endswith('b.tar')
+  seen = [set(), set(), set()]
+  for seed in range(40):
+    rngs = [np.random.default_rng([seed, i]) for i in range(3)]
+    for i, record in enumerate(pickle.loads(pickle.dumps(source)).read_each([0, 1, 2], rngs)):
+      seen[i].add(int(record['caption'].split()[1]))
+      assert record['image'] == jpeg(int(record['caption'].split()[1]))
+  assert seen == [{0, 4}, {1, 2, 5}, {3}]
+  with pytest.raises(IndexError):
+    source[3]
+
+
+def test_of_near_duplicates_one_is_kept(grouped):
+  source = TarShards(grouped('one'))
+  assert len(source) == 3 and 'N = 3 that were kept of 6 samples' in source.about
+  for rngs in (None, [np.random.default_rng(i) for i in range(3)]):
+    read = [record['caption'] for record in source.read_each([0, 1, 2], rngs)]
+    assert read == [b'caption 0', b'caption 1', b'caption 3']
+
+
+def test_other_groups_of_the_same_shards_are_another_source(grouped):
+  prints = {TarShards(grouped(keep)).fingerprint for keep in (None, 'one', 'all')}
+  assert len(prints) == 3
+
+
+def test_groups_that_do_not_fit_are_refused(grouped, folder):
+  manifest = pathlib.Path(grouped('all'))
+  content = json.loads(manifest.read_text())
+  for key, value, reason in (
+    ('records', 5, 'groups of 5 examples, its shards have 6'),
+    ('count', 2, 'other groups than 2'),
+    ('keep', 'some', "keep is 'some'; expected one of all, one"),
+  ):
+    changed = content | {'groups': content['groups'] | {key: value}}
+    manifest.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=reason):
+      TarShards(str(manifest))
+  manifest.write_text(json.dumps(content))
+  (folder / content['groups']['file']).unlink()
+  with pytest.raises(UserError, match=r'all\.\w+\.npy cannot be read'):
+    TarShards(str(manifest))
 
 
 def test_a_manifest_of_other_members_or_shards_is_refused(folder):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from dpcap import privacy
+from dpcap.data.groups import Groups
 from dpcap.errors import UserError
 from dpcap.evals import private_probe
 from dpcap.evals.features import Labelled
@@ -100,6 +101,19 @@ def test_the_guarantee_is_that_of_what_was_done(subject, monkeypatch):
   assert said['noise_multiplier'] == plan.noise_multiplier > 0
   assert '4 noisy gradients' in said['text']
   assert results[0].n == 40 and 'n_train' not in results[0].details
+
+
+def test_groups_are_the_unit_of_the_probe_too(subject):
+  groups = Groups('', 200, 300, 'all')
+
+  def make_source(section):
+    source = subject.make_source(section)
+    object.__setattr__(source, 'groups', groups if section['split'] == 'validation' else None)
+    return source
+
+  said = _evaluate(subject._replace(make_source=make_source)).details['privacy']
+  assert said['unit'] == 'one group of near-duplicate labelled images'
+  assert groups.not_covered in said['not_covered']
 
 
 def test_impossible_plans_are_refused(subject):

@@ -17,6 +17,7 @@ from dpcap.evals import aro
 from dpcap.training import build, loop
 from dpcap.training.evaluation import Evaluations
 from tests import tiny
+from tests.data.test_tar_shards import write_manifest, write_shard
 from tests.training.test_training_data import write_run
 from tools.report_parts import page
 from tools.report_parts.captions import image_uri
@@ -249,7 +250,7 @@ def test_every_entry_can_declare_itself_apart():
     (dict(name='mlp', classes=8, widths=(8,)), 'labelled image', dict(name='accuracy')),
     (
       dict(name='mae', size='micro', decoder_width=16, decoder_depth=1, decoder_heads=2),
-      'image',
+      'group of near-duplicate images',
       dict(name='retrieval', layers='all_blocks'),
     ),
   ],
@@ -269,16 +270,22 @@ def test_other_models_go_the_same_way(model, unit, evaluator, tmp_path, capfd):
     config.data.source = config_lib.source_config(
       'image_folder', path=str(tmp_path / 'images'), split='all'
     )
+  else:
+    (tmp_path / 'shards').mkdir()
+    write_shard(tmp_path / 'shards/a.tar', range(48))
+    path = write_manifest(tmp_path / 'shards', firsts=np.arange(48) // 2 * 2, keep='all')
+    config.data.source = config_lib.source_config('tar_shards', path=path)
   config_lib.validate(config)
   state = loop.train(config, tmp_path / 'run')
   assert all(np.isfinite(p).all() for p in jax.tree.leaves(state.average))
   statement = json.loads((tmp_path / 'run/privacy.json').read_text())
   assert statement['unit'] == f'one {unit}'
-  name = config.data.source.name
-  assert statement['data'] == {'source': name, 'generated': name == 'scenes'}
+  assert statement['dataset_size'] == 24
+  assert statement['data'] == {'source': config.data.source.name, 'generated': False}
   not_covered = ' '.join(statement['not_covered'])
   assert 'vocabulary' not in not_covered
   assert ('the list of classes' in not_covered) == ('label' in unit)
+  assert ('the groups were told from the private data' in not_covered) == ('group' in unit)
   result = _results(tmp_path / 'run')['step_2/result.json']
   assert 0 <= result['value'] <= 1 and result['n'] > 10
   assert result['options'].get('layers') == evaluator.get('layers')
