@@ -6,6 +6,7 @@ An evaluator takes a Subject and its own options and returns a Result; EVALUATOR
 from dpcap.evals import (
   accuracy,
   aro,
+  caption_retrieval,
   captions,
   few_shot,
   fine_tune,
@@ -30,6 +31,7 @@ EVALUATORS = {
   'knn': knn.EVALUATOR,
   'retrieval': retrieval.EVALUATOR,
   'captions': captions.EVALUATOR,
+  'caption_retrieval': caption_retrieval.EVALUATOR,
   'zero_shot': zero_shot.EVALUATOR,
   'aro_scenes': aro.SCENES,
   'aro_order': aro.ORDER,

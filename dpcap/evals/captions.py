@@ -1,21 +1,19 @@
 """Captions that the model writes for held-out images, against the ones they come with."""
 
 import contextlib
-import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dpcap import data
-from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
 from dpcap.evals import decoding
 from dpcap.evals.caption_scores import bleu4, cider_d
+from dpcap.evals.captioned import CaptionedBatches
 from dpcap.evals.evaluator import SOURCES, Evaluator, at_a_time
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
@@ -23,14 +21,6 @@ from dpcap.key import NOT_NEGATIVE, POSITIVE, Key
 from dpcap.models import PADDING
 
 _LARGEST_EXPONENT = 700.0  # beyond, exp overflows; so lost a model is no better described
-
-
-class CaptionedImages(NamedTuple):
-  """The usable ones of a batch: images uint8 (B, H, W, 3), tokens (B, L), numbers (B,)."""
-
-  images: np.ndarray
-  tokens: np.ndarray
-  numbers: np.ndarray
 
 
 def evaluate(
@@ -70,16 +60,17 @@ def evaluate(
   write = decoding.make_writer(subject.model, tokenizer, method, length, **options)
 
   def compute(batch):
-    pixels, tokens, numbers = (batches_lib.spread(x, batch_size) for x in batch)
+    given = batch.images, batch.first_tokens, batch.numbers
+    pixels, tokens, numbers = (batches_lib.spread(x, batch_size) for x in given)
     written = np.asarray(write(subject.variables, pixels, numbers))
     sums = np.asarray(losses_of(subject.variables, pixels, tokens))
-    return written[: len(batch.numbers)], sums[: len(batch.numbers)], batch._replace(images=None)
+    return written[: len(batch.numbers)], sums[: len(batch.numbers)], *given[1:]
 
   captions, loss, count, seen = [], 0.0, 0, 0
-  batches = _Batches(records, subject.transform, batch_size)
+  batches = CaptionedBatches(records, subject.transform, range(len(records)), batch_size)
   answers = batches_lib.each(subject, f'captions by {method}', batches, compute)
   with contextlib.closing(answers):
-    for written, sums, (_, tokens, numbers) in answers:
+    for written, sums, tokens, numbers in answers:
       wanted = len(numbers) if images is None else min(len(numbers), images - len(captions))
       loss += float(sums[:wanted].sum())
       count += int(np.sum(tokens[:wanted, 1:] != tokenizer.pad_id))
@@ -117,36 +108,6 @@ def _summed_losses(model, variables, images, tokens_BxL):
   """The loss (B,) of each caption, summed over its tokens."""
   means = model.apply(variables, data.normalize(images), tokens_BxL)
   return means * jnp.sum(tokens_BxL[:, 1:] != PADDING, axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batches:
-  """Random access to captioned images in order (for `data.iterate`)."""
-
-  source: data.Source
-  transform: data.Transform
-  batch_size: int
-
-  def __len__(self):
-    return math.ceil(len(self.source) / self.batch_size)
-
-  def __getitem__(self, element: int) -> CaptionedImages:
-    first = int(element) * self.batch_size
-    examples, numbers = [], []
-    for number in range(first, min(first + self.batch_size, len(self.source))):
-      try:
-        examples.append(self.transform(self.source[number], None))
-        numbers.append(number)
-      except BadRecord:
-        continue
-    size, length = self.transform.image_size, self.transform.text_length
-    images = [example['image'] for example in examples]
-    tokens = [example['tokens'] for example in examples]
-    return CaptionedImages(
-      np.array(images, np.uint8).reshape(-1, size, size, 3),
-      np.array(tokens, np.int32).reshape(-1, length),
-      np.array(numbers, np.int32),
-    )
 
 
 EVALUATOR = Evaluator(

@@ -104,6 +104,7 @@ def _every_evaluator(folder):
     'knn': pair | dict(k=3),
     'retrieval': dict(source=test),
     'captions': dict(source=test, images=2, method='beam', beams=2, max_tokens=5),
+    'caption_retrieval': dict(source=test, images=9),
     'zero_shot': dict(source=test, method='greedy'),
     'aro_scenes': dict(source=test, test='order'),
     'aro_order': files('orders.json'),
