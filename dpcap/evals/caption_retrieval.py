@@ -33,7 +33,8 @@ from dpcap.key import COUNTS, POSITIVE, Key
 from dpcap.models import PADDING
 
 _SEED = 0  # of the choice of images, so that the test is always the same
-_SHOWN, _BEST = 12, 5  # queries whose answers are listed, and how many of these
+_SHOWN = 12  # queries of each kind whose best answers are listed
+_CAPTIONS, _IMAGES = 3, 8  # how many of these
 
 
 class Gallery(NamedTuple):
@@ -62,13 +63,14 @@ def evaluate(
     subject: the model, a captioner.
     source: captioned images, a source section of the config.
     images: how many, drawn from the source, always the same ones; None: all. Each is asked about
-      every caption, and a table of that size is held (4 bytes an entry).
+      every caption, and tables of that size are held (about 20 bytes a pair).
     at: how many answers count.
     batch_size: images at a time.
 
   Returns:
     `value` is recall at the first of `at` of captions for an image by mean token loss: the share of
-    images that find one of their own among so many. The details have every ranking's recall at each
+    images that find one of their own among so many. It is the plain one of the three, which asks
+    nothing of the other images of the gallery. The details have every ranking's recall at each
     of `at`, with interval and chance level, and for some images and captions the best answers
     (`examples`). A wrong answer that is as likely as the best right one counts as before it.
     Intervals count images as independent trials, and no more captions than there are images.
@@ -92,26 +94,26 @@ def evaluate(
 
   rows = batches_lib.each(subject, 'losses of captions', batches, compute)
   summed_NxM = np.concatenate(list(rows))
-  targets = np.sum(gallery.tokens[:, 1:] != PADDING, axis=1)
-  losses_NxM = summed_NxM / targets
+  targets = np.sum(gallery.tokens[:, 1:] != PADDING, axis=1, dtype=np.float32)
+  losses_NxM, ratios_NxM = summed_NxM / targets, without_prior(summed_NxM)
   n = len(gallery.numbers)
   found = {
     'image_to_text': recall(losses_NxM, gallery.own, at, n),
-    'image_to_text_ratio': recall(without_prior(summed_NxM), gallery.own, at, n),
+    'image_to_text_ratio': recall(ratios_NxM, gallery.own, at, n),
     'text_to_image': recall(losses_NxM.T, gallery.own.T, at, n),
   }
   first = found['image_to_text'][str(at[0])]
   return Result(
-    f'recall_at_{at[0]}',
+    f'text_recall_at_{at[0]}',
     first['value'],
     n,
     {
       'interval95': first['interval95'],
       'chance': first['chance'],
       **found,
-      'captions': len(gallery.tokens),
+      'distinct_captions': len(gallery.tokens),
       'left_out': len(numbers) - n,
-      'examples': _examples(gallery, losses_NxM, subject.transform.tokenizer),
+      'examples': _examples(gallery, losses_NxM, ratios_NxM, subject.transform.tokenizer),
     },
   )
 
@@ -185,32 +187,33 @@ def _chance(answers: int, right_Q: np.ndarray, k: int) -> float:
 
 
 def _examples(
-  gallery: Gallery, losses_NxM: np.ndarray, tokenizer: data.Tokenizer
+  gallery: Gallery, losses_NxM: np.ndarray, ratios_NxM: np.ndarray, tokenizer: data.Tokenizer
 ) -> dict[str, list[dict[str, Any]]]:
   """Some images with their best captions, some captions with their best images."""
   text = lambda caption: tokenizer.decode(gallery.tokens[caption, 1:])
   number = lambda image: int(gallery.numbers[image])
   shown = lambda count: np.unique(np.linspace(0, count - 1, _SHOWN).astype(int))
-  best = lambda losses: np.argsort(losses, kind='stable')[:_BEST]
-  images = [(i, best(losses_NxM[i])) for i in shown(len(gallery.numbers))]
-  captions = [(j, best(losses_NxM[:, j])) for j in shown(len(gallery.tokens))]
+
+  def best(losses, right, count, name):
+    places = np.argsort(losses, kind='stable')[:count]
+    return [{'found': name(place), 'right': bool(right[place])} for place in places]
+
   return {
     'images': [
       {
         'image': number(i),
         'given': [text(j) for j in np.flatnonzero(gallery.own[i])],
-        'found': [text(j) for j in places],
-        'right': gallery.own[i, places].tolist(),
+        'image_to_text': best(losses_NxM[i], gallery.own[i], _CAPTIONS, text),
+        'image_to_text_ratio': best(ratios_NxM[i], gallery.own[i], _CAPTIONS, text),
       }
-      for i, places in images
+      for i in shown(len(gallery.numbers))
     ],
     'captions': [
       {
         'caption': text(j),
-        'found': [number(i) for i in places],
-        'right': gallery.own[places, j].tolist(),
+        'text_to_image': best(losses_NxM[:, j], gallery.own[:, j], _IMAGES, number),
       }
-      for j, places in captions
+      for j in shown(len(gallery.tokens))
     ],
   }
 

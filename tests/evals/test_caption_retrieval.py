@@ -85,7 +85,7 @@ def direct(subject, source):
 
 
 def test_recall_is_that_of_a_loop_over_all_pairs(subject, source, result):
-  assert result.n == 6 and result.details['captions'] == 6 and result.details['left_out'] == 1
+  assert result.n == 6 and result.details['distinct_captions'] == 6 and result.details['left_out'] == 1
   for direction, ranks in direct(subject, source).items():
     for k in (1, 2, 50):
       found = result.details[direction][str(k)]
@@ -93,7 +93,7 @@ def test_recall_is_that_of_a_loop_over_all_pairs(subject, source, result):
       low, high = found['interval95']
       assert 0 <= low <= found['value'] <= high <= 1
     assert found['value'] == found['chance'] == 1  # among all answers there is a right one
-  assert result.metric == 'recall_at_1'
+  assert result.metric == 'text_recall_at_1'
   assert result.value == result.details['image_to_text']['1']['value']
 
 
@@ -110,12 +110,16 @@ def test_examples_are_of_the_source(result):
   images, captions = result.details['examples']['images'], result.details['examples']['captions']
   assert [entry['image'] for entry in images] == [0, 1, 2, 4, 5, 6]
   assert images[1]['given'] == CAPTIONS[1] and images[2]['given'] == ['a red ring']
-  for entry in images:
-    assert entry['right'] == [text in entry['given'] for text in entry['found']]
   own = {entry['image']: entry['given'] for entry in images}
+  for entry in images:
+    for ranking in ('image_to_text', 'image_to_text_ratio'):
+      assert len(entry[ranking]) == 3
+      for answer in entry[ranking]:
+        assert answer['right'] == (answer['found'] in entry['given'])
   for entry in captions:
-    assert entry['right'] == [entry['caption'] in own[number] for number in entry['found']]
-  assert {len(entry['found']) for entry in images + captions} == {5}
+    assert {answer['found'] for answer in entry['text_to_image']} == own.keys()
+    for answer in entry['text_to_image']:
+      assert answer['right'] == (entry['caption'] in own[answer['found']])
 
 
 def test_ranks_by_hand():

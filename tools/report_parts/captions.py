@@ -4,7 +4,7 @@ import base64
 import difflib
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -24,7 +24,8 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
   """HTML of an evaluation by captions; without images if its source cannot be read."""
   entries = record['captions'][:_MAX_IMAGES]
   try:
-    pictures = [picture(view) for view in _views(config, record, entries)]
+    draw = make_picture(config, record)
+    pictures = [draw(entry['index']) for entry in entries]
     absent = ''
   except (UserError, OSError, BadRecord, LookupError) as e:
     pictures = [''] * len(entries)
@@ -94,10 +95,16 @@ def open_source(config: ml_collections.ConfigDict, record: dict[str, Any]) -> da
   return source
 
 
-def _views(
-  config: ml_collections.ConfigDict, record: dict[str, Any], entries: Sequence[dict]
-) -> list[np.ndarray]:
-  """What the model saw, uint8 (H, W, 3)."""
+def make_picture(
+  config: ml_collections.ConfigDict, record: dict[str, Any]
+) -> Callable[[int], str]:
+  """The function from a record's number in the source that was evaluated to its picture.
+
+  It is what the model saw, as an element.
+
+  Raises:
+    UserError: as `open_source`; BadRecord, OSError, LookupError, when called, of one that is gone.
+  """
   source = open_source(config, record)
   transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer=None)
-  return [transform.view(source[entry['index']]['image']) for entry in entries]
+  return lambda number: picture(transform.view(source[number]['image']))

@@ -19,7 +19,7 @@ from dpcap.errors import UserError
 from dpcap.training import build
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.step import init_state
-from tools.report_parts import captions, results, retrieval
+from tools.report_parts import caption_retrieval, captions, results, retrieval
 from tools.report_parts.plots import Curve, panel
 from tools.report_parts.run import Run
 
@@ -86,6 +86,11 @@ def _slots(run: Run) -> dict[str, str]:
       retrieval.section(run.config, record)
       for record in run.evals.values()
       if 'mean_average_precision' in record
+    )
+    + ''.join(
+      caption_retrieval.section(run.config, record)
+      for record in run.evals.values()
+      if 'image_to_text' in record
     ),
     'config': escape(config_lib.to_json(run.config)),
     'colophon': _colophon(run),
