@@ -34,7 +34,7 @@ from dpcap.models import PADDING
 
 _SEED = 0  # of the choice of images, so that the test is always the same
 _SHOWN = 12  # queries of each kind whose best answers are listed
-_CAPTIONS, _IMAGES = 3, 8  # how many of these
+_CAPTIONS, _IMAGES = 3, 6  # how many of these
 
 
 class Gallery(NamedTuple):

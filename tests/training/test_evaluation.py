@@ -102,6 +102,7 @@ def _every_evaluator(folder):
     'private_probe': pair | dict(epsilon=0.1, expected_batch_size=20, steps=2),
     'few_shot': pair | dict(shots=(1, 2), draws=2),
     'knn': pair | dict(k=3),
+    'nearest_class_mean': dict(source=test),
     'retrieval': dict(source=test),
     'captions': dict(source=test, images=2, method='beam', beams=2, max_tokens=5),
     'caption_retrieval': dict(source=test, images=9),

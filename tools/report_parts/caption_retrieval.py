@@ -21,7 +21,8 @@ def section(config: ml_collections.ConfigDict, record: dict[str, Any]) -> str:
   """HTML of an evaluation by caption retrieval; without images if its source cannot be read."""
   examples, absent = record['examples'], ''
   try:
-    picture = captions.make_picture(config, record)
+    view = captions.make_view(config, record)
+    picture = lambda number: captions.picture(view(number))
     by_image = ''.join(_of_image(entry, picture) for entry in examples['images'])
     by_caption = ''.join(_of_caption(entry, picture) for entry in examples['captions'])
   except (UserError, OSError, BadRecord, LookupError, TypeError) as e:
@@ -79,7 +80,8 @@ def _of_caption(entry: dict[str, Any], picture: Callable[[int], str]) -> str:
     f'<span class="{"same" if answer["right"] else "other"}">{picture(answer["found"])}</span>'
     for answer in entry['text_to_image']
   )
-  return f'<p>{html.escape(entry["caption"])}</p><div>{found}</div>'
+  caption = html.escape(entry['caption'])
+  return f'<figure><figcaption>{caption}</figcaption><div>{found}</div></figure>'
 
 
 def _nothing(number: int) -> str:

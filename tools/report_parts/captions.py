@@ -24,8 +24,8 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
   """HTML of an evaluation by captions; without images if its source cannot be read."""
   entries = record['captions'][:_MAX_IMAGES]
   try:
-    draw = make_picture(config, record)
-    pictures = [draw(entry['index']) for entry in entries]
+    view = make_view(config, record)
+    pictures = [picture(view(entry['index'])) for entry in entries]
     absent = ''
   except (UserError, OSError, BadRecord, LookupError) as e:
     pictures = [''] * len(entries)
@@ -95,16 +95,16 @@ def open_source(config: ml_collections.ConfigDict, record: dict[str, Any]) -> da
   return source
 
 
-def make_picture(
+def make_view(
   config: ml_collections.ConfigDict, record: dict[str, Any]
-) -> Callable[[int], str]:
-  """The function from a record's number in the source that was evaluated to its picture.
+) -> Callable[[int], np.ndarray]:
+  """The function from a number in the source that was evaluated to what the model saw of it.
 
-  It is what the model saw, as an element.
+  It returns uint8 (H, W, 3), and raises BadRecord, OSError or LookupError of one that is gone.
 
   Raises:
-    UserError: as `open_source`; BadRecord, OSError, LookupError, when called, of one that is gone.
+    UserError: as `open_source`.
   """
   source = open_source(config, record)
   transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer=None)
-  return lambda number: picture(transform.view(source[number]['image']))
+  return lambda number: transform.view(source[number]['image'])

@@ -13,7 +13,8 @@ from tools.report_parts import captions, probes
 def section(config: ml_collections.ConfigDict, record: dict[str, Any]) -> str:
   """HTML of an evaluation by retrieval; without images if its source cannot be read."""
   try:
-    picture = captions.make_picture(config, record)
+    view = captions.make_view(config, record)
+    picture = lambda number: captions.picture(view(number))
     rows = ''.join(_row(example, picture) for example in record['examples'])
   except (UserError, OSError, BadRecord, LookupError, TypeError) as e:
     rows = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
