@@ -18,7 +18,9 @@ from dpcap.data.text import Tokenizer
 from dpcap.models import PADDING
 from dpcap.models.decoder import Cache
 
-_FLOATS_AT_ONCE = 2**25  # float32: 128 MB
+# Float32 numbers in the largest array. What a CPU's caches do not hold takes it twice as long; an
+# accelerator is kept busy by larger ones, 128 MB.
+_FLOATS_ON_CPU, _FLOATS_ELSEWHERE = 2**22, 2**25
 _MAX_TOKENS = 256  # of a prompt with its label
 
 
@@ -81,9 +83,10 @@ def summed_losses(
 
 
 def texts_at_once(model: nn.Module, batch: int, length: int) -> int:
-  """How many texts of so many tokens a device's memory is certain to have room for."""
+  """How many texts of so many tokens are computed at a time, for a batch of images."""
+  floats = _FLOATS_ON_CPU if jax.default_backend() == 'cpu' else _FLOATS_ELSEWHERE
   widest = max(model.vocab_size, 8 * model.decoder_width)
-  return max(1, _FLOATS_AT_ONCE // (batch * length * widest))
+  return max(1, floats // (batch * length * widest))
 
 
 def text_losses(
@@ -130,19 +133,21 @@ def make_scorer(
     texts_NxL: int32, [CLS] text [SEP] and padding.
     batch: images at a time.
   """
-  lengths = np.sum(texts_NxL != PADDING, axis=1)
+  lengths = np.sum(texts_NxL[:, 1:] != PADDING, axis=1)
   order = np.argsort(lengths, kind='stable')
-  longest = int(lengths.max())
+  longest = _round_up(lengths.max())
   some = min(len(order), texts_at_once(model, batch, longest))
+  rest_NxR = np.zeros((len(order), longest), np.int32)
+  rest_NxR[:, : lengths.max()] = texts_NxL[order, 1 : 1 + lengths.max()]
   chunks = [
-    rest_NxL[:, 1 : np.max(np.sum(rest_NxL != PADDING, axis=1))]
-    for rest_NxL in _in_chunks(texts_NxL[order], some)
+    chunk[:, : _round_up(np.max(np.sum(chunk != PADDING, axis=1)))]
+    for chunk in _in_chunks(rest_NxR, some)
   ]
   places = np.argsort(order)
 
   def score(variables, images):
-    opening = _begin(model, variables, images, texts_NxL[0, :1], longest)
-    parts = [_go_on(model, variables, opening, rest_NxR) for rest_NxR in chunks]
+    opening = _begin(model, variables, images, texts_NxL[0, :1], 1 + longest)
+    parts = [_go_on(model, variables, opening, chunk) for chunk in chunks]
     return np.concatenate(jax.device_get(parts), axis=1)[:, places]
 
   return score
@@ -155,6 +160,12 @@ def _begin(model, variables, images, tokens, length):
 
 
 _go_on = jax.jit(summed_losses, static_argnames='model')
+
+
+def _round_up(length: int) -> int:
+  """The next of 1 to 8, 10, 12, 14, 16, 20, ...: each length is a program to compile."""
+  step = 2 ** max(0, int(length - 1).bit_length() - 3)
+  return -(-int(length) // step) * step
 
 
 def _in_chunks(rows_NxR: np.ndarray, size: int) -> np.ndarray:

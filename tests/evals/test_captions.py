@@ -63,3 +63,23 @@ def test_source_without_a_usable_image_is_refused(subject):
 
   with pytest.raises(UserError, match='no usable image'):
     evaluate(subject._replace(make_source=lambda _: Empty()), source={}, images=4)
+
+
+def test_of_several_captions_the_first_usable_one_is_given(subject):
+  class Pictures:
+    """The second record has no caption, the third no image."""
+
+    fingerprint = 'pictures'
+    captions = (['ab', 'c'], [' ', None], 'x', ['', 'cd'])
+
+    def __len__(self):
+      return 4
+
+    def __getitem__(self, index):
+      image = b'' if index == 2 else np.full((16, 16, 3), index, np.uint8)
+      return {'image': image, 'caption': self.captions[index], 'label': -1}
+
+  subject = subject._replace(make_source=lambda _: Pictures())
+  result = evaluate(subject, source={}, images=None)
+  listed = [(entry['index'], entry['given']) for entry in result.details['captions']]
+  assert listed == [(0, 'ab'), (3, 'cd')] and result.details['left_out'] == 2

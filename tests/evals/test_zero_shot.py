@@ -22,7 +22,7 @@ def tokens_of(subject, text, length):
 
 
 def test_likelihood_is_the_lowest_mean_loss_of_whole_forwards(subject, images, monkeypatch):
-  monkeypatch.setattr(likelihood, '_FLOATS_AT_ONCE', 400)  # more chunks than one
+  monkeypatch.setattr(likelihood, '_FLOATS_ON_CPU', 400)  # more chunks than one
   loss = jax.jit(subject.model.apply)
   expected = []
   for image in images:
