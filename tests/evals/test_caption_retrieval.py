@@ -51,7 +51,9 @@ def direct(subject, source):
   """{direction: [how many wrong answers are as good as the best right one, for every query]}."""
   tokenizer = subject.transform.tokenizer
   own = {
-    i: {tokenizer.encode(c, 24).tobytes() for c in ([given] if isinstance(given, str) else given) if c}
+    i: {
+      tokenizer.encode(c, 24).tobytes() for c in ([given] if isinstance(given, str) else given) if c
+    }
     for i, given in enumerate(CAPTIONS)
     if given
   }
@@ -64,7 +66,9 @@ def direct(subject, source):
     for j in range(len(tokens))
   }
   total = {(i, j): loss * np.sum(tokens[j][1:] != 0) for (i, j), loss in mean.items()}
-  prior = [math.log(sum(math.exp(-total[i, j]) for i in own) / len(own)) for j in range(len(tokens))]
+  prior = [
+    math.log(sum(math.exp(-total[i, j]) for i in own) / len(own)) for j in range(len(tokens))
+  ]
   ratio = {(i, j): -loss - prior[j] for (i, j), loss in total.items()}
 
   def ranks(score, queries):
@@ -85,7 +89,9 @@ def direct(subject, source):
 
 
 def test_recall_is_that_of_a_loop_over_all_pairs(subject, source, result):
-  assert result.n == 6 and result.details['distinct_captions'] == 6 and result.details['left_out'] == 1
+  assert (
+    result.n == 6 and result.details['distinct_captions'] == 6 and result.details['left_out'] == 1
+  )
   for direction, ranks in direct(subject, source).items():
     for k in (1, 2, 50):
       found = result.details[direction][str(k)]
@@ -147,7 +153,9 @@ def test_images_are_drawn_from_all_of_the_source():
   assert len(set(numbers)) == 100 and numbers.tolist() == sorted(numbers)
   assert max(np.histogram(numbers, 4, (0, 1000))[0]) < 50
   assert numbers.tolist() == caption_retrieval.choose(1000, 100).tolist()
-  assert list(caption_retrieval.choose(3, 4)) == [0, 1, 2] == list(caption_retrieval.choose(3, None))
+  assert (
+    list(caption_retrieval.choose(3, 4)) == [0, 1, 2] == list(caption_retrieval.choose(3, None))
+  )
 
 
 def test_images_of_one_caption_are_refused(subject):

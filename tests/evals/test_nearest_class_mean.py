@@ -33,7 +33,9 @@ def test_places_keep_the_two_largest_variances():
   np.testing.assert_allclose(apart(places), apart(x[:, :2]), atol=1)
   assert all(places[np.abs(places).argmax(axis=0), [0, 1]] > 0)
   for other in (x @ plane, -x @ plane + 1):  # also of mirrored features
-    np.testing.assert_allclose(np.abs(ncm.principal_components(other)[0]), np.abs(places), atol=1e-6)
+    np.testing.assert_allclose(
+      np.abs(ncm.principal_components(other)[0]), np.abs(places), atol=1e-6
+    )
   places, shares = ncm.principal_components(np.array([[1.0], [3.0]]))
   np.testing.assert_allclose(np.sort(places, axis=0), [[-1, 0], [1, 0]], atol=1e-12)
   assert shares == [1, 0]

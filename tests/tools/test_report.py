@@ -409,8 +409,14 @@ def test_classes_have_a_map(tmp_path):
     assert f'href="{captions.image_uri(images[i]["image"])}"' in text
     assert f'{html.escape(name)}</text>' in text
   assert '50% and 25% of the variance' in plain(text)
+  assert '<tr class="own"><th>concepts</th>' in text
+  text = public(tmp_path, evals={'concepts': record | {'features': 'hog', 'layers': None}})
+  assert '<tr><th>concepts</th>' in text and '(hog)' in text
   text = public(tmp_path, evals={'concepts': record | {'fingerprints': []}})
   assert 'the images have changed' in text and '<image' not in text and '>red</text>' in text
+  many = [entry | {'count': i} for i, entry in enumerate(record['map'] * 51)]
+  text = public(tmp_path, evals={'concepts': record | {'fingerprints': [], 'map': many}})
+  assert text.count('</text>') == 150 and text.count('<circle') == 153
 
 
 def test_names_on_a_map_make_room_for_each_other():

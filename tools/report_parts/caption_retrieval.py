@@ -56,15 +56,15 @@ def _table(record: dict[str, Any]) -> str:
         f'<small>chance {entry["chance"]:.2%}</small></td>'
       )
     rows += f'<tr><th>{what}<small>by {score}</small></th>{cells}</tr>'
-  return f'<table class="recall"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+  return (
+    f'<table class="recall"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+  )
 
 
 def _of_image(entry: dict[str, Any], picture: Callable[[int], str]) -> str:
   given = ' · '.join(map(html.escape, entry['given']))
   lists = ''.join(
-    f'<div><p class="given">by {label}</p><ol>'
-    + ''.join(map(_answer, entry[name]))
-    + '</ol></div>'
+    f'<div><p class="given">by {label}</p><ol>' + ''.join(map(_answer, entry[name])) + '</ol></div>'
     for name, label in (('image_to_text', 'loss'), ('image_to_text_ratio', 'ratio'))
   )
   return f'<figure>{picture(entry["image"])}<div><p>{given}</p>{lists}</div></figure>'

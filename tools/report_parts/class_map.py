@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT, _MARGIN = 1056, 760, 8  # user units, pixels on a wide screen
 _NAMED = 150  # classes with a name and a picture, those with the most images; others are dots
 _COVERED = 0.1  # of the page by pictures, if they are neither too large nor too small
 _SMALLEST, _LARGEST = 22, 44  # sides of a picture
-_LETTER, _LINE = 5.8, 12  # width of a letter, height of a line
+_LETTER, _LINE = 6.3, 12  # width of a letter, height of a line
 _LONGEST = 18  # letters of a name
 _ROUNDS, _STEP = 400, 20  # of pushing apart, and how far a box goes in one
 
@@ -73,10 +73,11 @@ def _draw(named: list[dict[str, Any]], images: list[str], places_Cx2: np.ndarray
         f'<image href="{image}" x="{x - side / 2:.1f}" y="{top:.1f}" width="{side}"'
         f' height="{side}"/>'
       )
-    items += (
-      f'<g>{title}{element}<text x="{x:.1f}" y="{top + height - 4:.1f}">{html.escape(name)}</text></g>'
-    )
-  return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{lines}{dots}{items}</svg>'
+    place = f'x="{x:.1f}" y="{top + height - 4:.1f}"'
+    items += f'<g>{title}{element}<text {place}>{html.escape(name)}</text></g>'
+  top = np.min(centres - sizes / 2, axis=0)[1] - _MARGIN
+  height = np.max(centres + sizes / 2, axis=0)[1] + _MARGIN - top
+  return f'<svg viewBox="0 {top:.0f} {_WIDTH} {height:.0f}" role="img">{lines}{dots}{items}</svg>'
 
 
 def _shorten(name: str) -> str:
