@@ -5,13 +5,13 @@ Three rankings come of one table of losses, that of every caption for every imag
 | | ranks | by |
 | --- | --- | --- |
 | `text_to_image` | images for a caption | its loss |
-| `image_to_text` | captions for an image | mean token loss, as zero-shot classification and ARO rank |
-| `image_to_text_ratio` | captions for an image | log p(caption | image) - log p(caption) |
+| `image_to_text` | captions for an image | mean token loss, as in zero-shot and ARO |
+| `image_to_text_ratio` | captions for an image | log p(caption given the image) - log p(caption) |
 
-A captioner that hardly looks finds the same likely captions for every image. The ratio takes away what
-a caption owes to being likely at all (Lin et al. 2023, arXiv 2306.01879): p(caption) is its mean
-probability over the images of the gallery. Images for a caption need none of it: the caption is
-given, so its prior and its length are the same for all of them.
+A captioner that hardly looks finds the same likely captions for every image. The ratio takes away
+what a caption owes to being likely at all (Lin et al. 2023, arXiv 2306.01879): p(caption) is its
+mean probability over the images of the gallery. Images for a caption need none of it: the caption
+is given, so its prior and its length are the same for all of them.
 """
 
 import math
@@ -145,7 +145,7 @@ def _without_images(batch: CaptionedImages) -> CaptionedImages:
 
 
 def without_prior(summed_NxM: np.ndarray) -> np.ndarray:
-  """log p(caption) - log p(caption | image) of summed losses, p(caption) the mean over the images."""
+  """log p(caption) - log p(caption given the image), p(caption) being the mean over the images."""
   return summed_NxM + logsumexp(-summed_NxM, axis=0) - math.log(len(summed_NxM))
 
 
@@ -225,7 +225,7 @@ EVALUATOR = Evaluator(
     'images': Key(
       int,
       1000,
-      'how many, drawn from the source, always the same; each is asked about all captions; None: all',
+      'how many, drawn from the source, always the same; all their captions are asked; None: all',
       check=POSITIVE,
       optional=True,
     ),

@@ -31,10 +31,10 @@ def evaluate(
     batch_size: images at a time while features are extracted.
 
   Returns:
-    Images alone in their class are asked nothing. The details have the `map`: for each class with an
-    image its `name`, place `x`, `y` by principal components of the class means, `count` of images
-    and the `image` nearest to its mean, as number in the source; and the `variance_explained` by each
-    axis, as shares of the variance between class means.
+    Images alone in their class are asked nothing. The details have the `map`: for each class with
+    an image its `name`, its place `x`, `y` by principal components of the class means, the `count`
+    of its images, and the `image` nearest to its mean, as number in the source; and the
+    `variance_explained` by each axis, as shares of the variance between class means.
 
   Raises:
     UserError: if the source has no labels, fewer than two classes with images, or no two images of
@@ -50,8 +50,8 @@ def evaluate(
   if np.count_nonzero(counts) < 2 or counts.max() < 2:
     raise UserError(
       'nearest_class_mean: the source has usable images of'
-      f' {np.count_nonzero(counts)} of {len(names)} classes, at most {counts.max()} of one; it takes'
-      ' two classes, and two images of one'
+      f' {np.count_nonzero(counts)} of {len(names)} classes, at most {counts.max()} of one;'
+      ' it takes two classes, and two images of one'
     )
   x_NxD = unit(part.features - part.features.mean(axis=0))
   means_CxD = class_means(x_NxD, part.labels, len(names))
@@ -115,8 +115,11 @@ def draw_map(
 def principal_components(points_CxD: np.ndarray) -> tuple[np.ndarray, list[float]]:
   """Places (C, 2) on the two axes of largest variance, and their shares of it.
 
-  The signs of the axes are such that the point farthest out on each is on its positive side.
+  The signs of the axes are such that the point farthest out on each is on its positive side. All is
+  NaN if a point is: a diverged model has such.
   """
+  if not np.isfinite(points_CxD).all():
+    return np.full((len(points_CxD), 2), np.nan), [np.nan, np.nan]
   centred = points_CxD - points_CxD.mean(axis=0)
   u, s, _ = np.linalg.svd(centred, full_matrices=False)
   places = np.zeros((len(centred), 2))

@@ -39,6 +39,8 @@ def test_places_keep_the_two_largest_variances():
   places, shares = ncm.principal_components(np.array([[1.0], [3.0]]))
   np.testing.assert_allclose(np.sort(places, axis=0), [[-1, 0], [1, 0]], atol=1e-12)
   assert shares == [1, 0]
+  places, shares = ncm.principal_components(np.array([[1.0, np.nan], [3.0, 1.0]]))
+  assert np.isnan(places).all() and np.isnan(shares).all()
 
 
 def test_result_and_map(subject):

@@ -414,6 +414,9 @@ def test_classes_have_a_map(tmp_path):
   assert '<tr><th>concepts</th>' in text and '(hog)' in text
   text = public(tmp_path, evals={'concepts': record | {'fingerprints': []}})
   assert 'the images have changed' in text and '<image' not in text and '>red</text>' in text
+  nowhere = [entry | {'x': None} for entry in record['map']]
+  text = public(tmp_path, evals={'concepts': record | {'map': nowhere}})
+  assert 'the features are not finite' in text and '<svg viewBox' not in text
   many = [entry | {'count': i} for i, entry in enumerate(record['map'] * 51)]
   text = public(tmp_path, evals={'concepts': record | {'fingerprints': [], 'map': many}})
   assert text.count('</text>') == 150 and text.count('<circle') == 153

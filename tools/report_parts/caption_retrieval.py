@@ -32,11 +32,12 @@ def section(config: ml_collections.ConfigDict, record: dict[str, Any]) -> str:
     '<h3>Images for a caption</h3><p class="about">Framed: an image that has the caption.</p>'
     f'<div class="found_images">{by_caption}</div>'
   )
+  title = html.escape(probes.title(record).capitalize())
   return (
-    f'<section><h2>{html.escape(probes.title(record).capitalize())}</h2><p class="about">The share of'
-    f' images that find a caption of their own, and of captions that find an image of theirs, among'
-    f' the first k of the gallery: {record["n"]:,} images, {record["distinct_captions"]:,} different captions.'
-    f' The ratio takes away how likely a caption is for images of the gallery on average.</p>'
+    f'<section><h2>{title}</h2><p class="about">The share of images that find a caption of their'
+    f' own, and of captions that find an image of theirs, among the first k of the gallery:'
+    f' {record["n"]:,} images, {record["distinct_captions"]:,} different captions. The ratio takes'
+    f' away how likely a caption is for images of the gallery on average.</p>'
     f'{_table(record)}{absent}<h3>Captions for an image</h3>'
     f'<div class="found_captions">{by_image}</div>{shown if by_caption else ""}</section>'
   )
@@ -51,8 +52,9 @@ def _table(record: dict[str, Any]) -> str:
     for k in at:
       entry = record[name][k]
       low, high = entry['interval95']
+      between = f'{100 * low:.1f} – {100 * high:.1f}'
       cells += (
-        f'<td class="n"><b>{entry["value"]:.1%}</b> <span>{100 * low:.1f} – {100 * high:.1f}</span>'
+        f'<td class="n"><b>{entry["value"]:.1%}</b> <span>{between}</span>'
         f'<small>chance {entry["chance"]:.2%}</small></td>'
       )
     rows += f'<tr><th>{what}<small>by {score}</small></th>{cells}</tr>'

@@ -21,9 +21,13 @@ _ROUNDS, _STEP = 400, 20  # of pushing apart, and how far a box goes in one
 
 def section(config: ml_collections.ConfigDict, record: dict[str, Any]) -> str:
   """HTML of an evaluation with a map of its classes; names alone if its source cannot be read."""
+  title = html.escape(probes.title(record).capitalize())
   classes = sorted(record['map'], key=lambda entry: -entry['count'])
-  places = _to_page(np.array([[entry['x'], entry['y']] for entry in classes]))
-  named = classes[:_NAMED]
+  places = np.array([[entry['x'], entry['y']] for entry in classes], float)
+  if not np.isfinite(places).all():
+    absent = '<p class="absent">Without a map: the features are not finite.</p>'
+    return f'<section><h2>{title}</h2>{absent}</section>'
+  places, named = _to_page(places), classes[:_NAMED]
   try:
     view = captions.make_view(config, record)
     images = [captions.image_uri(view(entry['image'])) for entry in named]
@@ -31,15 +35,16 @@ def section(config: ml_collections.ConfigDict, record: dict[str, Any]) -> str:
   except (UserError, OSError, BadRecord, LookupError) as e:
     images = [''] * len(named)
     absent = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
+  x_share, y_share = record['variance_explained']
   return (
-    f'<section><h2>{html.escape(probes.title(record).capitalize())}</h2><p class="about">The mean'
-    f' features of {len(classes)} classes ({html.escape(probes.features(record))}) on the two axes'
-    f' along which they differ most, with the image that is nearest to each mean. The axes hold'
-    f' {record["variance_explained"][0]:.0%} and {record["variance_explained"][1]:.0%} of the variance'
-    f' between classes, so that far is far, while near may be near on these axes only. Dots: the'
-    f' exact places, where pictures had to make room for each other. The class mean that is nearest'
-    f' to an image, without the image, is that of its class for {record["value"]:.1%} of'
-    f' {record["n"]:,}.</p>{absent}<div class="map">{_draw(named, images, places)}</div></section>'
+    f'<section><h2>{title}</h2><p class="about">The mean features of {len(classes)} classes'
+    f' ({html.escape(probes.features(record))}) on the two axes along which they differ most, with'
+    f' the image that is nearest to each mean. The axes hold {x_share:.0%} and {y_share:.0%} of the'
+    f' variance between classes: what is far apart here is so, what is near may be near on these'
+    f' axes only. Dots: the exact places, where pictures had to make room for each other. The class'
+    f' mean that is nearest to an image, without the image, is that of its class for'
+    f' {record["value"]:.1%} of {record["n"]:,}.</p>{absent}'
+    f'<div class="map">{_draw(named, images, places)}</div></section>'
   )
 
 
@@ -87,8 +92,8 @@ def _shorten(name: str) -> str:
 def spread(places_Cx2: np.ndarray, sizes_Cx2: np.ndarray) -> np.ndarray:
   """Centres (C, 2) of boxes near their places, pushed apart until none covers another.
 
-  All are inside of the page. Where there is no room for that, they overlap as little as a few hundred
-  rounds of pushing achieve.
+  All are inside of the page. Where there is no room for that, they overlap as little as a few
+  hundred rounds of pushing achieve.
   """
   centres = places_Cx2.astype(float).copy()
   half = sizes_Cx2 / 2
