@@ -27,7 +27,8 @@ class Pictures:
   class_names, fingerprint = (), 'pictures'
 
   def __init__(self):
-    self.images = np.random.default_rng().integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+    # Always the same: among others, scores might be too close to each other to be told apart.
+    self.images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
 
   def __len__(self):
     return len(CAPTIONS)

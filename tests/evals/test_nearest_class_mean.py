@@ -52,8 +52,20 @@ def test_result_and_map(subject):
   details = result.details
   assert result.n == sum(count for count in counts.values() if count > 1)
   assert {entry['name']: entry['count'] for entry in details['map']} == counts
+  x = np.stack([data.normalize(scenes[i]['image']).reshape(-1) for i in range(40)])
+  x -= x.mean(axis=0)
+  x /= np.linalg.norm(x, axis=1, keepdims=True)
+  of_class = lambda c, but=None: [i for i in range(40) if labels[i] == c and i != but]
+  far = lambda i, members: np.sum((x[i] - x[members].mean(axis=0)) ** 2)
+  right = []
+  for i, label in enumerate(labels):
+    if len(of_class(label)) > 1:
+      distances = {c: far(i, of_class(c, i)) for c in set(labels)}
+      right.append(min(distances, key=distances.get) == label)
+  assert result.value == pytest.approx(np.mean(right))
   for entry in details['map']:
-    assert scenes.class_names[labels[entry['image']]] == entry['name']
+    members = of_class(scenes.class_names.index(entry['name']))
+    assert entry['image'] == min(members, key=lambda i: far(i, members))
   low, high = details['interval95']
   assert low <= result.value <= high and details['chance'] == 1 / 8
   assert (details['features'], details['layers']) == ('pixels', None)
