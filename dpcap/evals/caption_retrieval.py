@@ -24,7 +24,7 @@ from scipy.special import logsumexp
 from dpcap import data
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
-from dpcap.evals.captioned import CaptionedBatches, CaptionedImages
+from dpcap.evals.captioned import CaptionedBatches
 from dpcap.evals.evaluator import SOURCES, Evaluator, at_a_time
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.likelihood import make_scorer
@@ -127,7 +127,7 @@ def choose(total: int, images: int | None) -> Sequence[int]:
 
 def read_gallery(subject: Subject, batches: CaptionedBatches) -> Gallery:
   """The usable images of the batches and their captions."""
-  parts = batches_lib.each(subject, 'captions', batches, _without_images)
+  parts = batches_lib.each(subject, 'captions', batches, lambda batch: batch._replace(images=None))
   places, numbers, pairs = {}, [], []
   for part in parts:
     for owner, tokens in zip(part.owners, part.tokens):
@@ -138,10 +138,6 @@ def read_gallery(subject: Subject, batches: CaptionedBatches) -> Gallery:
   for image, caption in pairs:
     own[image, caption] = True
   return Gallery(np.array(numbers, int), np.array(list(places), np.int32), own)
-
-
-def _without_images(batch: CaptionedImages) -> CaptionedImages:
-  return batch._replace(images=None)
 
 
 def without_prior(summed_NxM: np.ndarray) -> np.ndarray:

@@ -45,10 +45,11 @@ def evaluate(
     options: of the method, see `decoding.make_writer`.
 
   Returns:
-    The share of captions that equal the source's own word by word (`exact_match`). The details
-    have the `perplexity` of the source's own, that is exp of the mean loss of all their tokens
-    ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10, or None) by `caption_scores`,
-    `left_out`, and list both captions for every image.
+    The share of captions that equal one of the source's own word by word (`exact_match`). The
+    details have the `perplexity` of the source's own, the first of each image, that is exp of the
+    mean loss of all their tokens ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10, or
+    None) by `caption_scores`, `left_out`, and list for every image what was written, the first
+    caption (`given`), and its others where there are some.
 
   Raises:
     UserError: if no image of the source can be used.
@@ -64,30 +65,32 @@ def evaluate(
     pixels, tokens, numbers = (batches_lib.spread(x, batch_size) for x in given)
     written = np.asarray(write(subject.variables, pixels, numbers))
     sums = np.asarray(losses_of(subject.variables, pixels, tokens))
-    return written[: len(batch.numbers)], sums[: len(batch.numbers)], *given[1:]
+    return written[: len(batch.numbers)], sums[: len(batch.numbers)], batch._replace(images=None)
 
   captions, loss, count, seen = [], 0.0, 0, 0
   batches = CaptionedBatches(records, subject.transform, range(len(records)), batch_size)
   answers = batches_lib.each(subject, f'captions by {method}', batches, compute)
   with contextlib.closing(answers):
-    for written, sums, tokens, numbers in answers:
-      wanted = len(numbers) if images is None else min(len(numbers), images - len(captions))
+    for written, sums, batch in answers:
+      found = len(batch.numbers)
+      wanted = found if images is None else min(found, images - len(captions))
       loss += float(sums[:wanted].sum())
-      count += int(np.sum(tokens[:wanted, 1:] != tokenizer.pad_id))
-      # The caption as the model could have written it: through the tokenizer and back.
-      captions += [
-        {'index': int(i), 'written': tokenizer.decode(a[1:]), 'given': tokenizer.decode(b[1:])}
-        for i, a, b in zip(numbers[:wanted], written, tokens)
-      ]
+      count += int(np.sum(batch.first_tokens[:wanted, 1:] != tokenizer.pad_id))
+      # Captions as the model could have written them: through the tokenizer and back.
+      text = lambda tokens: tokenizer.decode(tokens[1:])
+      for row in range(wanted):
+        first, *others = map(text, batch.tokens[batch.owners == row])
+        entry = {'index': int(batch.numbers[row]), 'written': text(written[row]), 'given': first}
+        captions.append(entry | ({'others': others} if others else {}))
       seen = min(seen + batch_size, len(records))
       if len(captions) == images:
         seen = captions[-1]['index'] + 1
         break
   if not captions:
     raise UserError('captions: the source has no usable image')
-  value = float(np.mean([entry['written'] == entry['given'] for entry in captions]))
   written = [entry['written'] for entry in captions]
-  given = [[entry['given']] for entry in captions]
+  given = [[entry['given'], *entry.get('others', ())] for entry in captions]
+  value = float(np.mean([text in own for text, own in zip(written, given)]))
   return Result(
     metric='exact_match',
     value=value,

@@ -65,12 +65,12 @@ def test_source_without_a_usable_image_is_refused(subject):
     evaluate(subject._replace(make_source=lambda _: Empty()), source={}, images=4)
 
 
-def test_of_several_captions_the_first_usable_one_is_given(subject):
+def test_each_of_several_usable_captions_is_right(subject, monkeypatch):
   class Pictures:
     """The second record has no caption, the third no image."""
 
     fingerprint = 'pictures'
-    captions = (['ab', 'c'], [' ', None], 'x', ['', 'cd'])
+    captions = [['ab', 'c'], [' ', None], 'x', ['', 'cd']]
 
     def __len__(self):
       return 4
@@ -79,7 +79,13 @@ def test_of_several_captions_the_first_usable_one_is_given(subject):
       image = b'' if index == 2 else np.full((16, 16, 3), index, np.uint8)
       return {'image': image, 'caption': self.captions[index], 'label': -1}
 
+  text = subject.transform.tokenizer.encode('c', 6)
+  write = lambda variables, images, numbers: np.tile(text, (len(images), 1))
+  monkeypatch.setattr(captions.decoding, 'make_writer', lambda *args, **options: write)
   subject = subject._replace(make_source=lambda _: Pictures())
   result = evaluate(subject, source={}, images=None)
-  listed = [(entry['index'], entry['given']) for entry in result.details['captions']]
-  assert listed == [(0, 'ab'), (3, 'cd')] and result.details['left_out'] == 2
+  assert result.details['captions'] == [
+    {'index': 0, 'written': 'c', 'given': 'ab', 'others': ['c']},
+    {'index': 3, 'written': 'c', 'given': 'cd'},
+  ]
+  assert result.value == 0.5 and result.details['left_out'] == 2

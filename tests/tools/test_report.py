@@ -216,7 +216,9 @@ def test_names_are_escaped(full, tmp_path):
       'captions': EVALS['captions']
       | {
         'name': hostile,
-        'captions': [{'index': 0, 'written': hostile, 'given': hostile + 'x'}],
+        'captions': [
+          {'index': 0, 'written': hostile, 'given': hostile + 'x', 'others': [hostile]}
+        ],
       },
     },
   )

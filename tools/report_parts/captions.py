@@ -32,8 +32,10 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
     absent = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
   figures = []
   for entry, image in zip(entries, pictures):
-    written, given = mark_words(entry['written'], entry['given'])
-    tick = '<span class="tick">✓</span> ' if entry['written'] == entry['given'] else ''
+    right = entry['written'] in (entry['given'], *entry.get('others', ()))
+    own = entry['written'] if right else entry['given']
+    written, given = mark_words(entry['written'], own)
+    tick = '<span class="tick">✓</span> ' if right else ''
     figures.append(
       f'<figure>{image}<figcaption><p>{tick}{written or "<mark>nothing</mark>"}</p>'
       f'<p class="given">{given}</p></figcaption></figure>'
@@ -42,7 +44,8 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
   return (
     f'<section><h2>{title}</h2><p class="about">The caption that the model writes and, below it,'
     f" the source's own. <mark>Marked</mark>: not in the source's caption; <u>underlined</u>:"
-    f' missed. The same word by word: {record["value"]:.1%} of {record["n"]:,}.</p>{absent}'
+    f' missed. The same as one of its own word by word: {record["value"]:.1%} of'
+    f' {record["n"]:,}.</p>{absent}'
     f'<div class="captions">{"".join(figures)}</div></section>'
   )
 
