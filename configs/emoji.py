@@ -67,7 +67,9 @@ def add_evaluations(config, train, test):
   config.evals.private_probe = config_lib.evaluator_config('private_probe', **pair)
   config.evals.few_shot = config_lib.evaluator_config('few_shot', **pair)
   config.evals.nearest_neighbours = config_lib.evaluator_config('knn', **pair)
+  config.evals.class_means = config_lib.evaluator_config('nearest_class_mean', source=test)
   config.evals.retrieval = config_lib.evaluator_config('retrieval', source=test)
+  config.evals.caption_retrieval = config_lib.evaluator_config('caption_retrieval', source=test)
   config.evals.zero_shot = config_lib.evaluator_config(
     'zero_shot', source=test, templates=('{}', 'an emoji of {}')
   )

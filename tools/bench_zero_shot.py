@@ -27,7 +27,7 @@ import numpy as np
 
 from dpcap import models
 from dpcap.errors import UserError
-from dpcap.evals import zero_shot
+from dpcap.evals.likelihood import text_losses
 from tools.arguments import Parser, program
 
 _VOCABULARY, _TEXT_LENGTH = 30_522, 40
@@ -71,7 +71,7 @@ def main(argv: list[str] | None) -> None:
   @jax.jit
   def cached(variables, images):
     memory = model.apply(variables, images, method='memory')
-    return zero_shot.text_losses(model, variables, memory, texts)
+    return text_losses(model, variables, memory, texts)
 
   pairs = np.repeat(images[:1], len(some), axis=0)
   whole = jax.jit(model.apply)

@@ -1,21 +1,19 @@
 """Captions that the model writes for held-out images, against the ones they come with."""
 
 import contextlib
-import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dpcap import data
-from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
 from dpcap.evals import decoding
 from dpcap.evals.caption_scores import bleu4, cider_d
+from dpcap.evals.captioned import CaptionedBatches
 from dpcap.evals.evaluator import SOURCES, Evaluator, at_a_time
 from dpcap.evals.intervals import wilson_interval
 from dpcap.evals.subject import Result, Subject
@@ -23,14 +21,6 @@ from dpcap.key import NOT_NEGATIVE, POSITIVE, Key
 from dpcap.models import PADDING
 
 _LARGEST_EXPONENT = 700.0  # beyond, exp overflows; so lost a model is no better described
-
-
-class CaptionedImages(NamedTuple):
-  """The usable ones of a batch: images uint8 (B, H, W, 3), tokens (B, L), numbers (B,)."""
-
-  images: np.ndarray
-  tokens: np.ndarray
-  numbers: np.ndarray
 
 
 def evaluate(
@@ -55,10 +45,11 @@ def evaluate(
     options: of the method, see `decoding.make_writer`.
 
   Returns:
-    The share of captions that equal the source's own word by word (`exact_match`). The details
-    have the `perplexity` of the source's own, that is exp of the mean loss of all their tokens
-    ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10, or None) by `caption_scores`,
-    `left_out`, and list both captions for every image.
+    The share of captions that equal one of the source's own word by word (`exact_match`). The
+    details have the `perplexity` of the source's own, the first of each image, that is exp of the
+    mean loss of all their tokens ([SEP] counted in), `bleu4` (0 to 1) and `cider_d` (0 to 10, or
+    None) by `caption_scores`, `left_out`, and list for every image what was written, the first
+    caption (`given`), and its others where there are some.
 
   Raises:
     UserError: if no image of the source can be used.
@@ -70,33 +61,36 @@ def evaluate(
   write = decoding.make_writer(subject.model, tokenizer, method, length, **options)
 
   def compute(batch):
-    pixels, tokens, numbers = (batches_lib.spread(x, batch_size) for x in batch)
+    given = batch.images, batch.first_tokens, batch.numbers
+    pixels, tokens, numbers = (batches_lib.spread(x, batch_size) for x in given)
     written = np.asarray(write(subject.variables, pixels, numbers))
     sums = np.asarray(losses_of(subject.variables, pixels, tokens))
     return written[: len(batch.numbers)], sums[: len(batch.numbers)], batch._replace(images=None)
 
   captions, loss, count, seen = [], 0.0, 0, 0
-  batches = _Batches(records, subject.transform, batch_size)
+  batches = CaptionedBatches(records, subject.transform, range(len(records)), batch_size)
   answers = batches_lib.each(subject, f'captions by {method}', batches, compute)
   with contextlib.closing(answers):
-    for written, sums, (_, tokens, numbers) in answers:
-      wanted = len(numbers) if images is None else min(len(numbers), images - len(captions))
+    for written, sums, batch in answers:
+      found = len(batch.numbers)
+      wanted = found if images is None else min(found, images - len(captions))
       loss += float(sums[:wanted].sum())
-      count += int(np.sum(tokens[:wanted, 1:] != tokenizer.pad_id))
-      # The caption as the model could have written it: through the tokenizer and back.
-      captions += [
-        {'index': int(i), 'written': tokenizer.decode(a[1:]), 'given': tokenizer.decode(b[1:])}
-        for i, a, b in zip(numbers[:wanted], written, tokens)
-      ]
+      count += int(np.sum(batch.first_tokens[:wanted, 1:] != tokenizer.pad_id))
+      # Captions as the model could have written them: through the tokenizer and back.
+      text = lambda tokens: tokenizer.decode(tokens[1:])
+      for row in range(wanted):
+        first, *others = map(text, batch.tokens[batch.owners == row])
+        entry = {'index': int(batch.numbers[row]), 'written': text(written[row]), 'given': first}
+        captions.append(entry | ({'others': others} if others else {}))
       seen = min(seen + batch_size, len(records))
       if len(captions) == images:
         seen = captions[-1]['index'] + 1
         break
   if not captions:
     raise UserError('captions: the source has no usable image')
-  value = float(np.mean([entry['written'] == entry['given'] for entry in captions]))
   written = [entry['written'] for entry in captions]
-  given = [[entry['given']] for entry in captions]
+  given = [[entry['given'], *entry.get('others', ())] for entry in captions]
+  value = float(np.mean([text in own for text, own in zip(written, given)]))
   return Result(
     metric='exact_match',
     value=value,
@@ -117,36 +111,6 @@ def _summed_losses(model, variables, images, tokens_BxL):
   """The loss (B,) of each caption, summed over its tokens."""
   means = model.apply(variables, data.normalize(images), tokens_BxL)
   return means * jnp.sum(tokens_BxL[:, 1:] != PADDING, axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batches:
-  """Random access to captioned images in order (for `data.iterate`)."""
-
-  source: data.Source
-  transform: data.Transform
-  batch_size: int
-
-  def __len__(self):
-    return math.ceil(len(self.source) / self.batch_size)
-
-  def __getitem__(self, element: int) -> CaptionedImages:
-    first = int(element) * self.batch_size
-    examples, numbers = [], []
-    for number in range(first, min(first + self.batch_size, len(self.source))):
-      try:
-        examples.append(self.transform(self.source[number], None))
-        numbers.append(number)
-      except BadRecord:
-        continue
-    size, length = self.transform.image_size, self.transform.text_length
-    images = [example['image'] for example in examples]
-    tokens = [example['tokens'] for example in examples]
-    return CaptionedImages(
-      np.array(images, np.uint8).reshape(-1, size, size, 3),
-      np.array(tokens, np.int32).reshape(-1, length),
-      np.array(numbers, np.int32),
-    )
 
 
 EVALUATOR = Evaluator(

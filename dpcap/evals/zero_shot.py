@@ -24,14 +24,13 @@ from dpcap.errors import UserError
 from dpcap.evals import batches as batches_lib
 from dpcap.evals.accuracy import top1
 from dpcap.evals.evaluator import SOURCES, Evaluator, at_a_time
+from dpcap.evals.likelihood import text_losses, tokenize
 from dpcap.evals.subject import Result, Subject
 from dpcap.key import Key
 
 METHODS = ('likelihood', 'greedy')
 _TEMPLATES = ('this is a photo of a {}',)
 _WORDNET_ID = re.compile(r'^n\d{8}\s+')
-_LOGITS_AT_ONCE = 2**25  # float32: 128 MB
-_MAX_TOKENS = 256  # of a prompt with its label
 _REPEATED_TOLD = 10
 
 
@@ -194,67 +193,6 @@ def make_classifier(
     return jnp.asarray(owners)[jnp.argmin(losses, axis=1)]
 
   return lambda images: np.asarray(classify(subject.variables, images))
-
-
-def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
-  """[CLS] text [SEP], without padding."""
-  tokens = tokenizer.encode(text, _MAX_TOKENS).tolist()
-  return tokens[: tokens.index(tokenizer.sep_id) + 1]
-
-
-def text_losses(
-  model: nn.Module, variables: Any, memory_BxSxD: jax.Array, texts: Sequence[list[int]]
-) -> jax.Array:
-  """Mean token loss (B, N) of each of N texts for each image.
-
-  The tokens that all texts begin with are decoded once an image; texts go on from there, those
-  of one length together, so that nothing is computed for padding.
-
-  Args:
-    model: the captioner.
-    variables: its variables.
-    memory_BxSxD: of the images.
-    texts: [CLS] text [SEP] each, two tokens or more.
-  """
-  lengths = np.array([len(text) for text in texts])
-  shared = 1
-  while shared < lengths.min() - 1 and len({text[shared] for text in texts}) == 1:
-    shared += 1
-  batch = len(memory_BxSxD)
-  prefix = jnp.broadcast_to(jnp.asarray(texts[0][:shared]), (batch, 1, shared))
-  logits, cache = model.apply(
-    variables, memory_BxSxD[:, None], prefix, int(lengths.max()), method='start'
-  )
-  logs = jax.nn.log_softmax(logits.astype(jnp.float32))
-  before = -jnp.take_along_axis(logs[..., :-1, :], prefix[..., 1:, None], -1).sum((-1, -2))
-  losses_BxN = jnp.zeros((batch, len(texts)))
-  for length in np.unique(lengths):
-    numbers = np.flatnonzero(lengths == length)
-    rest_NxR = np.array([texts[i][shared:] for i in numbers])
-    total = before - logs[:, 0, -1, rest_NxR[:, 0]]
-    if length > shared + 1:
-      total += _rest_losses(model, variables, cache, rest_NxR, batch)
-    losses_BxN = losses_BxN.at[:, numbers].set(total / (length - 1))
-  return losses_BxN
-
-
-def _rest_losses(model, variables, cache, rest_NxR, batch):
-  """Summed losses (B, N) of the tokens after the first of each rest, some texts at a time."""
-  n, r = rest_NxR.shape
-  at_once = min(n, max(1, _LOGITS_AT_ONCE // (batch * (r - 1) * model.vocab_size)))
-  chunks = -(-n // at_once)
-  padded = np.resize(rest_NxR, (chunks * at_once, r)).reshape(chunks, at_once, r)
-
-  def losses(rest):
-    tokens = jnp.broadcast_to(rest[None, :, :-1], (batch, at_once, r - 1))
-    logits, _ = model.apply(variables, cache, tokens, method='extend')
-    logits = logits.astype(jnp.float32)
-    targets = jnp.broadcast_to(rest[None, :, 1:, None], (batch, at_once, r - 1, 1))
-    chosen = jnp.take_along_axis(logits, targets, -1)[..., 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - chosen).sum(-1)
-
-  summed = jax.lax.map(losses, jnp.asarray(padded))
-  return jnp.moveaxis(summed, 0, 1).reshape(batch, -1)[:, :n]
 
 
 class Tree(NamedTuple):

@@ -63,3 +63,29 @@ def test_source_without_a_usable_image_is_refused(subject):
 
   with pytest.raises(UserError, match='no usable image'):
     evaluate(subject._replace(make_source=lambda _: Empty()), source={}, images=4)
+
+
+def test_each_of_several_usable_captions_is_right(subject, monkeypatch):
+  class Pictures:
+    """The second record has no caption, the third no image."""
+
+    fingerprint = 'pictures'
+    captions = [['ab', 'c'], [' ', None], 'x', ['', 'cd']]
+
+    def __len__(self):
+      return 4
+
+    def __getitem__(self, index):
+      image = b'' if index == 2 else np.full((16, 16, 3), index, np.uint8)
+      return {'image': image, 'caption': self.captions[index], 'label': -1}
+
+  text = subject.transform.tokenizer.encode('c', 6)
+  write = lambda variables, images, numbers: np.tile(text, (len(images), 1))
+  monkeypatch.setattr(captions.decoding, 'make_writer', lambda *args, **options: write)
+  subject = subject._replace(make_source=lambda _: Pictures())
+  result = evaluate(subject, source={}, images=None)
+  assert result.details['captions'] == [
+    {'index': 0, 'written': 'c', 'given': 'ab', 'others': ['c']},
+    {'index': 3, 'written': 'c', 'given': 'cd'},
+  ]
+  assert result.value == 0.5 and result.details['left_out'] == 2

@@ -22,3 +22,10 @@ def test_wilson_interval(share, n, low, high):
   for p in found:
     if 1e-9 < p < 1 - 1e-9:
       assert abs(abs(share - p) - 1.959964 * np.sqrt(p * (1 - p) / n)) < 1e-9
+
+
+def test_a_share_is_inside_its_interval():
+  for n in range(1, 200):
+    for right in {0, 1, n // 2, n}:
+      low, high = wilson_interval(right / n, n)
+      assert 0 <= low <= right / n <= high <= 1

@@ -6,7 +6,7 @@ import pytest
 
 from dpcap import data
 from dpcap.errors import UserError
-from dpcap.evals import zero_shot
+from dpcap.evals import likelihood, zero_shot
 
 NAMES = ('red circle', 'blue', 'red, green ring', 'large white cross', 'small', 'blue ring above')
 TEMPLATES = ('a {}', 'a {} left of a ring')
@@ -22,7 +22,7 @@ def tokens_of(subject, text, length):
 
 
 def test_likelihood_is_the_lowest_mean_loss_of_whole_forwards(subject, images, monkeypatch):
-  monkeypatch.setattr(zero_shot, '_LOGITS_AT_ONCE', 400)  # more chunks than one
+  monkeypatch.setattr(likelihood, '_FLOATS_ON_CPU', 400)  # more chunks than one
   loss = jax.jit(subject.model.apply)
   expected = []
   for image in images:
@@ -48,24 +48,10 @@ def test_likelihood_is_the_lowest_mean_loss_of_whole_forwards(subject, images, m
   assert predict(images).tolist() == expected
 
 
-def test_text_losses_are_the_models_own(subject, images):
-  texts = ['a red ring', 'a small red ring above a cross', 'a blue', 'a', 'a red cross']
-  tokens = [zero_shot.tokenize(subject.transform.tokenizer, text) for text in texts]
-
-  @jax.jit
-  def run(images):
-    memory = subject.model.apply(subject.variables, images, method='memory')
-    padded = np.array([[tokens_of(subject, text, 10) for text in texts]] * len(images))
-    expected = subject.model.apply(subject.variables, memory[:, None], padded, method='text_loss')
-    return zero_shot.text_losses(subject.model, subject.variables, memory, tokens), expected
-
-  np.testing.assert_allclose(*run(data.normalize(images)), rtol=1e-5)
-
-
 def test_greedy_follows_the_most_probable_token_that_a_label_goes_on_with(subject, images):
   tokenizer = subject.transform.tokenizer
   texts = {
-    tuple(zero_shot.tokenize(tokenizer, f'a {synonym.strip()}')[1:-1]): label
+    tuple(likelihood.tokenize(tokenizer, f'a {synonym.strip()}')[1:-1]): label
     for label, name in reversed(list(enumerate(NAMES)))
     for synonym in name.split(',')
   }
@@ -98,7 +84,7 @@ def test_greedy_follows_the_most_probable_token_that_a_label_goes_on_with(subjec
 
 def test_a_full_stop_ends_a_label_where_the_tokenizer_has_one():
   tokenizer = data.make_tokenizer('bytes')
-  texts = [zero_shot.tokenize(tokenizer, text) for text in ('ab', 'ab.c', 'ab')]
+  texts = [likelihood.tokenize(tokenizer, text) for text in ('ab', 'ab.c', 'ab')]
   tree = zero_shot.make_tree(texts, [0, 1, 2], tokenizer)
   assert tree.depth == 5 and sorted(set(tree.classes_M)) == [-1, 0, 1]
   ends = {token for token in tree.tokens_MxK[2] if token >= 0}  # after 'ab'

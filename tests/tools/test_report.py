@@ -14,7 +14,7 @@ from dpcap import data, privacy
 from dpcap.errors import UserError
 from tests import checkpoint_files, tiny
 from tools import report
-from tools.report_parts import captions, page, probes
+from tools.report_parts import captions, class_map, page, probes
 from tools.report_parts.run import read_run
 
 CLASSES = ['red', 'blue', '<b>&"green"']
@@ -216,7 +216,9 @@ def test_names_are_escaped(full, tmp_path):
       'captions': EVALS['captions']
       | {
         'name': hostile,
-        'captions': [{'index': 0, 'written': hostile, 'given': hostile + 'x'}],
+        'captions': [
+          {'index': 0, 'written': hostile, 'given': hostile + 'x', 'others': [hostile]}
+        ],
       },
     },
   )
@@ -347,6 +349,99 @@ def test_retrieval_shows_what_was_found(tmp_path):
   assert 'the images have changed' in text and captions.image_uri(images[7]['image']) not in text
   record['options']['source']['split'] = 'none'
   assert 'Without images' in public(tmp_path, evals={'like': record})
+
+
+def test_caption_retrieval_shows_both_ways(tmp_path):
+  images = scenes('test')
+  recall = lambda value: {'1': {'value': value, 'interval95': [0.1, 0.9], 'chance': 0.0625}}
+  answers = lambda *found: [{'found': x, 'right': i == 0} for i, x in enumerate(found)]
+  record = {
+    'metric': 'text_recall_at_1',
+    'value': 0.5,
+    'n': 9,
+    'distinct_captions': 16,
+    'image_to_text': recall(0.5),
+    'image_to_text_ratio': recall(0.625),
+    'text_to_image': recall(0.375),
+    'examples': {
+      'images': [
+        {
+          'image': 7,
+          'given': ['<a> ring'],
+          'image_to_text': answers('<a> ring', 'a cross'),
+          'image_to_text_ratio': answers('a blue ring'),
+        }
+      ],
+      'captions': [{'caption': 'a <square>', 'text_to_image': answers(2, 4)}],
+    },
+    'options': {'source': {'name': 'scenes', 'split': 'test', 'size': 10, 'label': 'color'}},
+  }
+  text = public(tmp_path, evals={'found': record})
+  right, wrong = (captions.image_uri(images[i]['image']) for i in (2, 4))
+  assert f'<span class="same"><img class="crisp" src="{right}"' in text
+  assert f'<span class="other"><img class="crisp" src="{wrong}"' in text
+  assert captions.image_uri(images[7]['image']) in text
+  said = plain(text)
+  for direction in ('mean token loss 50.0%', 'over images 62.5%', 'by loss 37.5%'):
+    assert f'{direction} 10.0 – 90.0 chance 6.25%' in said
+  assert '9 images, 16 different captions' in said
+  assert 'by loss <a> ring ✓ a cross by ratio a blue ring ✓' in said and 'a <square>' in said
+  text = public(tmp_path, evals={'found': record | {'fingerprints': []}})
+  assert 'the images have changed' in text and 'a cross' in text and right not in text
+
+
+def test_classes_have_a_map(tmp_path):
+  images = scenes('test')
+  record = {
+    'metric': 'top1',
+    'value': 0.5,
+    'n': 9,
+    'evaluator': 'nearest_class_mean',
+    'features': 'model',
+    'layers': 'memory',
+    'variance_explained': [0.5, 0.25],
+    'map': [
+      {'name': name, 'x': float(i), 'y': 0.5, 'count': 3, 'image': i}
+      for i, name in enumerate(CLASSES)
+    ],
+    'options': {'source': {'name': 'scenes', 'split': 'test', 'size': 10, 'label': 'color'}},
+  }
+  text = public(tmp_path, evals={'concepts': record})
+  for i, name in enumerate(CLASSES):
+    assert f'href="{captions.image_uri(images[i]["image"])}"' in text
+    assert f'{html.escape(name)}</text>' in text
+  assert '50% and 25% of the variance' in plain(text)
+  assert '<tr class="own"><th>concepts</th>' in text
+  text = public(tmp_path, evals={'concepts': record | {'features': 'hog', 'layers': None}})
+  assert '<tr><th>concepts</th>' in text and '(hog)' in text
+  text = public(tmp_path, evals={'concepts': record | {'fingerprints': []}})
+  assert 'the images have changed' in text and '<image' not in text and '>red</text>' in text
+  nowhere = [entry | {'x': None} for entry in record['map']]
+  text = public(tmp_path, evals={'concepts': record | {'map': nowhere}})
+  assert 'the features are not finite' in text and '<svg viewBox' not in text
+  many = [entry | {'count': i} for i, entry in enumerate(record['map'] * 51)]
+  text = public(tmp_path, evals={'concepts': record | {'fingerprints': [], 'map': many}})
+  assert text.count('</text>') == 150 and text.count('<circle') == 153
+
+
+def test_names_on_a_map_make_room_for_each_other():
+  """Also where all begin at one place."""
+  rng = np.random.default_rng()
+  sizes = np.stack([rng.uniform(30, 90, 100), np.full(100, 40.0)], axis=1)
+  for places in (
+    rng.uniform((200, 200), (800, 500), (100, 2)),
+    rng.normal((528, 380), (120, 80), (100, 2)),
+    np.full((100, 2), 300.0),
+  ):
+    centres = class_map.spread(places, sizes)
+    low, high = centres - sizes / 2, centres + sizes / 2
+    assert low.min() >= 0 and (high <= (1056, 760)).all()
+    both = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
+    covered = np.prod(np.maximum(both, 0), axis=2)
+    np.fill_diagonal(covered, 0)
+    assert covered.sum() / 2 < 0.05 * np.prod(sizes, axis=1).sum()
+  alone = class_map.spread(np.array([[500.0, 400.0], [700, 400]]), np.full((2, 2), 40.0))
+  np.testing.assert_allclose(alone, [[500, 400], [700, 400]], atol=0.1)
 
 
 def test_shots_and_guarantees_of_evaluations(tmp_path):

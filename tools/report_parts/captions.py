@@ -4,7 +4,7 @@ import base64
 import difflib
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -24,15 +24,18 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
   """HTML of an evaluation by captions; without images if its source cannot be read."""
   entries = record['captions'][:_MAX_IMAGES]
   try:
-    pictures = [picture(view) for view in _views(config, record, entries)]
+    view = make_view(config, record)
+    pictures = [picture(view(entry['index'])) for entry in entries]
     absent = ''
   except (UserError, OSError, BadRecord, LookupError) as e:
     pictures = [''] * len(entries)
     absent = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
   figures = []
   for entry, image in zip(entries, pictures):
-    written, given = mark_words(entry['written'], entry['given'])
-    tick = '<span class="tick">✓</span> ' if entry['written'] == entry['given'] else ''
+    right = entry['written'] in (entry['given'], *entry.get('others', ()))
+    own = entry['written'] if right else entry['given']
+    written, given = mark_words(entry['written'], own)
+    tick = '<span class="tick">✓</span> ' if right else ''
     figures.append(
       f'<figure>{image}<figcaption><p>{tick}{written or "<mark>nothing</mark>"}</p>'
       f'<p class="given">{given}</p></figcaption></figure>'
@@ -41,7 +44,8 @@ def section(config: ml_collections.ConfigDict, record: dict) -> str:
   return (
     f'<section><h2>{title}</h2><p class="about">The caption that the model writes and, below it,'
     f" the source's own. <mark>Marked</mark>: not in the source's caption; <u>underlined</u>:"
-    f' missed. The same word by word: {record["value"]:.1%} of {record["n"]:,}.</p>{absent}'
+    f' missed. The same as one of its own word by word: {record["value"]:.1%} of'
+    f' {record["n"]:,}.</p>{absent}'
     f'<div class="captions">{"".join(figures)}</div></section>'
   )
 
@@ -94,10 +98,16 @@ def open_source(config: ml_collections.ConfigDict, record: dict[str, Any]) -> da
   return source
 
 
-def _views(
-  config: ml_collections.ConfigDict, record: dict[str, Any], entries: Sequence[dict]
-) -> list[np.ndarray]:
-  """What the model saw, uint8 (H, W, 3)."""
+def make_view(
+  config: ml_collections.ConfigDict, record: dict[str, Any]
+) -> Callable[[int], np.ndarray]:
+  """The function from a number in the source that was evaluated to what the model saw of it.
+
+  It returns uint8 (H, W, 3), and raises BadRecord, OSError or LookupError of one that is gone.
+
+  Raises:
+    UserError: as `open_source`.
+  """
   source = open_source(config, record)
   transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer=None)
-  return [transform.view(source[entry['index']]['image']) for entry in entries]
+  return lambda number: transform.view(source[number]['image'])

@@ -19,7 +19,7 @@ from dpcap.errors import UserError
 from dpcap.training import build
 from dpcap.training.mesh import Layout, make_mesh
 from dpcap.training.step import init_state
-from tools.report_parts import captions, results, retrieval
+from tools.report_parts import caption_retrieval, captions, class_map, results, retrieval
 from tools.report_parts.plots import Curve, panel
 from tools.report_parts.run import Run
 
@@ -35,6 +35,14 @@ _DIAGNOSTICS = (
   Curve('gradient_norm', 'Gradient norm', 'mean per example', ',.4g', 'private'),
   Curve('clip_fraction', 'Clipped examples', 'share of the batch', '.1%', 'private'),
 )
+
+# What a result has -> what draws it.
+_PICTURES = {
+  'captions': captions.section,
+  'image_to_text': caption_retrieval.section,
+  'mean_average_precision': retrieval.section,
+  'map': class_map.section,
+}
 
 
 def make_pages(run: Run) -> dict[str, str]:
@@ -79,13 +87,11 @@ def _slots(run: Run) -> dict[str, str]:
     **_privacy(run),
     'results': results.section(run),
     'training': _training(run),
-    'captions': ''.join(
-      captions.section(run.config, record) for record in run.evals.values() if 'captions' in record
-    ),
-    'retrieval': ''.join(
-      retrieval.section(run.config, record)
+    'pictures': ''.join(
+      section(run.config, record)
+      for key, section in _PICTURES.items()
       for record in run.evals.values()
-      if 'mean_average_precision' in record
+      if key in record
     ),
     'config': escape(config_lib.to_json(run.config)),
     'colophon': _colophon(run),

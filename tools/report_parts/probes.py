@@ -40,8 +40,8 @@ def is_probe(record: dict[str, Any]) -> bool:
 
 
 def is_own(record: dict[str, Any]) -> bool:
-  """Whether the features are those of the trained model."""
-  return record['features'] == 'model'
+  """Whether the trained model was judged, not features that it has no part in."""
+  return record.get('features', 'model') == 'model'
 
 
 def features(record: dict[str, Any]) -> str:

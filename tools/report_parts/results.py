@@ -64,7 +64,7 @@ def _others(records: Sequence[dict[str, Any]]) -> str:
   if not records:
     return ''
   rows = ''.join(
-    _row(record, escape(_what(record)), record.get('chance'), ' class="own"') for record in records
+    _row(record, escape(_what(record)), record.get('chance'), _own(record)) for record in records
   )
   return (
     f'<div class="group"><p class="about">Other evaluations. Whiskers: 95% interval; dotted line:'

@@ -5,7 +5,6 @@ from typing import Any
 
 import ml_collections
 
-from dpcap import data
 from dpcap.data.source import BadRecord
 from dpcap.errors import UserError
 from tools.report_parts import captions, probes
@@ -14,9 +13,8 @@ from tools.report_parts import captions, probes
 def section(config: ml_collections.ConfigDict, record: dict[str, Any]) -> str:
   """HTML of an evaluation by retrieval; without images if its source cannot be read."""
   try:
-    source = captions.open_source(config, record)
-    transform = data.Transform(config.data.image_size, config.data.text_length, tokenizer=None)
-    picture = lambda number: captions.picture(transform.view(source[number]['image']))
+    view = captions.make_view(config, record)
+    picture = lambda number: captions.picture(view(number))
     rows = ''.join(_row(example, picture) for example in record['examples'])
   except (UserError, OSError, BadRecord, LookupError, TypeError) as e:
     rows = f'<p class="absent">Without images: {html.escape(str(e))}.</p>'
