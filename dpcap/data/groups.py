@@ -74,8 +74,11 @@ class Groups(NamedTuple):
       rng: what draws; None: the first.
 
     Raises:
+      IndexError: there is no such group.
       StoreError: the file cannot be read.
     """
+    if not 0 <= group < self.count:
+      raise IndexError(f'group {group} out of range: there are {self.count}')
     starts, members = _load(self.file, self.count)
     start, stop = map(int, starts[group : group + 2])
     if rng is None or stop - start < 2:
