@@ -117,7 +117,7 @@ def write(file: str, firsts: np.ndarray, keep: str) -> Groups:
 
 
 def check(groups: Groups) -> None:
-  """Looks whether a file is as it was written, and no record in two groups.
+  """Looks whether a file is as it was written, and of which records `keep` says it is.
 
   Raises:
     ValueError: it is not, with the reason.
@@ -136,6 +136,8 @@ def check(groups: Groups) -> None:
   seen[members] = True
   if seen.sum() != len(members):
     raise ValueError(f'{groups.file} holds a record twice')
+  if len(members) != (groups.count if groups.keep == 'one' else groups.records):
+    raise ValueError(f'keep is {groups.keep!r}, but {groups.file} was not written so')
 
 
 def _digest(content: bytes) -> str:
