@@ -7,6 +7,11 @@ the records of a group contribute together what one record does, at most C, what
 With keep 'one' a group is its first record and the others are in no draw: the guarantee speaks of
 those that are kept.
 
+Groups, and with them N, are taken as given. Where two records are in one group if they hang together
+by pairs that are alike, whole groups can be replaced by nothing and the others stay as they are;
+with a single record more or less, two groups may become one or one two, and no guarantee speaks of
+that.
+
 A file of groups is one array, uint32 in npy format: where each group starts and where the last one
 ends (groups + 1), then the numbers of all records, group by group, each group's first one first.
 Its name holds a digest of its content, so that it never changes.
@@ -56,9 +61,12 @@ class Groups(NamedTuple):
     if self.keep == 'one':
       return (
         'near duplicates of the records that were kept: they were left out and are not in N, and'
-        ' which ones are kept was told from the private data'
+        ' which ones are kept, and so how many, was told from the private data'
       )
-    return 'which records are near duplicates: the groups were told from the private data'
+    return (
+      'which records are near duplicates, and so N: the groups were told from the private data,'
+      ' where a single record can join two of them'
+    )
 
   def unit(self, one: str) -> str:
     """The unit of privacy in words, where that of a single record is `one`."""

@@ -44,7 +44,8 @@ def test_words_of_the_statement(tmp_path):
   assert groups.unit('image') == 'group of near-duplicate images'
   kept = groups._replace(keep='one')
   assert kept.unit('image') == 'image' and 'not in N' in kept.not_covered
-  assert groups.not_covered != kept.not_covered
+  assert 'and so how many' in kept.not_covered
+  assert 'and so N: ' in groups.not_covered and 'can join two' in groups.not_covered
 
 
 def test_a_file_that_is_not_as_written_is_refused(tmp_path):
