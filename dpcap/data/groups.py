@@ -7,10 +7,9 @@ the records of a group contribute together what one record does, at most C, what
 With keep 'one' a group is its first record and the others are in no draw: the guarantee speaks of
 those that are kept.
 
-Groups, and with them N, are taken as given. Where two records are in one group if they hang together
-by pairs that are alike, whole groups can be replaced by nothing and the others stay as they are;
-with a single record more or less, two groups may become one or one two, and no guarantee speaks of
-that.
+Groups, and with them N, are taken as given. Where records are in one group if they hang together by
+pairs that are alike, a whole group can be replaced by nothing and the others stay as they are. With
+a single record more or less, two groups may become one, or one two: no guarantee speaks of that.
 
 A file of groups is one array, uint32 in npy format: where each group starts and where the last one
 ends (groups + 1), then the numbers of all records, group by group, each group's first one first.

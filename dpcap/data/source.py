@@ -41,7 +41,7 @@ class Source(Protocol):
 
   A record is the unit of privacy: what one index gives has no more of a step than one example.
   Where it is a group of near duplicates, the source has an attribute `groups`
-  (`dpcap.data.groups`), and what is read is one sample of the group. Elsewhere record i is sample i.
+  (`dpcap.data.groups`), and one sample of the group is read. Elsewhere record i is sample i.
 
   Attributes:
     class_names: the name of each label, empty where the source has no labels.

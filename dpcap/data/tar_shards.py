@@ -203,8 +203,6 @@ class TarShards:
       StoreError: the storage failed. The record is not to blame: the run should stop, then replay
         the step.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f'index {index} out of range: the source holds {len(self)} records')
     (record,) = read_each(self, [index])
     if isinstance(record, BadRecord):
       raise record
