@@ -99,7 +99,7 @@ def read(file: str, wanted: Wanted | None = None) -> Manifest:
     counted = sum(index.count for index in indexes)
     groups = None
     if 'groups' in content:
-      entry = content['groups']
+      entry = dict(content['groups'])
       if entry.pop('of') != _samples(indexes):
         raise ValueError('its groups are of other shards, or of these in another order')
       name = os.path.join(os.path.dirname(file), entry['file'])

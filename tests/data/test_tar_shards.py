@@ -381,6 +381,10 @@ def test_groups_that_do_not_fit_are_refused(grouped, folder):
     manifest.write_text(json.dumps(changed))
     with pytest.raises(UserError, match=reason):
       TarShards(str(manifest))
+  for damaged in ('x', {}, 5):
+    manifest.write_text(json.dumps(content | {'groups': damaged}))
+    with pytest.raises(UserError, match='not a manifest'):
+      TarShards(str(manifest))
   # The numbers of the samples would stand for others.
   manifest.write_text(json.dumps(content | {'shards': content['shards'][::-1]}))
   with pytest.raises(UserError, match='groups are of other shards, or of these in another order'):
