@@ -235,7 +235,7 @@ def time_reading(source: data.TarShards, rounds: int) -> list[dict[str, Any]]:
 
   def through_index(numbers):
     for first in range(0, len(numbers), chunk):
-      yield from source.read_each(numbers[first : first + chunk])
+      yield from data.source.read_each(source, numbers[first : first + chunk])
 
   ways = {
     'tarfile stream': lambda: _stream(shards),

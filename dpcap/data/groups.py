@@ -7,6 +7,10 @@ the records of a group contribute together what one record does, at most C, what
 With keep 'one' a group is its first record and the others are in no draw: the guarantee speaks of
 those that are kept.
 
+Groups, and with them N, are taken as given. Where records are in one group if they hang together by
+pairs that are alike, a whole group can be replaced by nothing and the others stay as they are. With
+a single record more or less, two groups may become one, or one two: no guarantee speaks of that.
+
 A file of groups is one array, uint32 in npy format: where each group starts and where the last one
 ends (groups + 1), then the numbers of all records, group by group, each group's first one first.
 Its name holds a digest of its content, so that it never changes.
@@ -56,9 +60,12 @@ class Groups(NamedTuple):
     if self.keep == 'one':
       return (
         'near duplicates of the records that were kept: they were left out and are not in N, and'
-        ' which ones are kept was told from the private data'
+        ' which ones are kept, and so how many, was told from the private data'
       )
-    return 'which records are near duplicates: the groups were told from the private data'
+    return (
+      'which records are near duplicates, and so N: the groups were told from the private data,'
+      ' where a single record can join two of them'
+    )
 
   def unit(self, one: str) -> str:
     """The unit of privacy in words, where that of a single record is `one`."""
@@ -74,8 +81,11 @@ class Groups(NamedTuple):
       rng: what draws; None: the first.
 
     Raises:
+      IndexError: there is no such group.
       StoreError: the file cannot be read.
     """
+    if not 0 <= group < self.count:
+      raise IndexError(f'group {group} out of range: there are {self.count}')
     starts, members = _load(self.file, self.count)
     start, stop = map(int, starts[group : group + 2])
     if rng is None or stop - start < 2:
@@ -114,7 +124,7 @@ def write(file: str, firsts: np.ndarray, keep: str) -> Groups:
 
 
 def check(groups: Groups) -> None:
-  """Looks whether a file is as it was written, and no record in two groups.
+  """Looks whether a file is as it was written, and of which records `keep` says it is.
 
   Raises:
     ValueError: it is not, with the reason.
@@ -133,6 +143,8 @@ def check(groups: Groups) -> None:
   seen[members] = True
   if seen.sum() != len(members):
     raise ValueError(f'{groups.file} holds a record twice')
+  if len(members) != (groups.count if groups.keep == 'one' else groups.records):
+    raise ValueError(f'keep is {groups.keep!r}, but {groups.file} was not written so')
 
 
 def _digest(content: bytes) -> str:

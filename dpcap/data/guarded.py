@@ -6,7 +6,9 @@ of its own; if that ends or hangs as well it is fatal: a bad record from then on
 zero.
 
 Whether a record is fatal depends on it alone, not on those beside which it was read, and it changes
-nothing of what they contribute: that is what the sensitivity of a sum of contributions needs.
+nothing of what they contribute: that is what the sensitivity of a sum of contributions needs. Of a
+group of near duplicates one sample is read, and that one is fatal: a step that draws another one
+of the group is as if none were, whatever was drawn and found before it.
 """
 
 import contextlib
@@ -17,10 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import cloudpickle
-import numpy as np
 
 from dpcap.data import watchdog
-from dpcap.data.source import BadRecord, Record, Source, read_each
+from dpcap.data.source import BadRecord, Record, Source, read_each, read_samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Guarded:
 
   Attributes:
     source: the records.
-    leave_out: record -> whether it is a bad record here.
+    leave_out: number of a sample -> whether it is a bad one here.
   """
 
   source: Source
@@ -44,23 +45,19 @@ class Guarded:
     return getattr(self.source, name)
 
   def __getitem__(self, index: int) -> Record:
-    (record,) = self.read_each([index])
+    (record,) = read_each(self, [index])
     if isinstance(record, BadRecord):
       raise record
     return record
 
-  def read_each(
-    self, indices: Sequence[int], rngs: Sequence[np.random.Generator] | None = None
-  ) -> Iterator[Record | BadRecord]:
-    """As `dpcap.data.source.read_each`."""
-    kept = [place for place, index in enumerate(indices) if not self.leave_out(index)]
-    of_kept = None if rngs is None else [rngs[place] for place in kept]
-    records = read_each(self.source, [indices[place] for place in kept], of_kept)
-    for index in indices:
-      if self.leave_out(index):
+  def read_samples(self, numbers: Sequence[int]) -> Iterator[Record | BadRecord]:
+    """As `dpcap.data.source.read_samples`."""
+    records = read_samples(self.source, [i for i in numbers if not self.leave_out(i)])
+    for number in numbers:
+      if self.leave_out(number):
         yield BadRecord('it ends or hangs the process that reads it')
       else:
-        watchdog.reading(index)
+        watchdog.reading(number)
         yield next(records)
 
 
@@ -82,8 +79,8 @@ class GuardedBatches:
 
   Attributes:
     data: random access to elements made from records of its `source`.
-    fatal: record -> the first element that leaves it out. What was made before stays as it was: a
-      run that computes an earlier step again gets the bits that it had then.
+    fatal: number of a sample -> the first element that leaves it out. What was made before stays as
+      it was: a run that computes an earlier step again gets the bits that it had then.
   """
 
   data: Any

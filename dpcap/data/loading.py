@@ -67,8 +67,8 @@ def iterate(
     buffer: elements that each worker holds ready.
     timeout_s: a worker that keeps the caller waiting for longer, once it has started, is killed;
       None: never.
-    fatal: records known to end or hang the process that reads them -> the first element that leaves
-      them out.
+    fatal: numbers of records (of groups: of their samples) known to end or hang the process that
+      reads them -> the first element that leaves them out.
     found: is told of each such record that is found, and that element, before any element is made
       without it.
     say: is told in words of every worker that was lost.

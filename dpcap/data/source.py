@@ -41,7 +41,7 @@ class Source(Protocol):
 
   A record is the unit of privacy: what one index gives has no more of a step than one example.
   Where it is a group of near duplicates, the source has an attribute `groups`
-  (`dpcap.data.groups`), and what is read is one of the group.
+  (`dpcap.data.groups`), and one sample of the group is read. Elsewhere record i is sample i.
 
   Attributes:
     class_names: the name of each label, empty where the source has no labels.
@@ -72,21 +72,34 @@ def read_each(
 ) -> Iterator[Record | BadRecord]:
   """The record of each index in turn, or why it is bad.
 
-  A source may have a method `read_each(indices, rngs)` of its own, which knows all that a batch
-  needs and can fetch it ahead. One whose records are groups must have it.
-
   Args:
     source: of the records.
     indices: of records.
     rngs: a generator for each, which draws one of a group; None: the first. Where there is no
       choice nothing is drawn.
+
+  Raises:
+    IndexError: an index is out of range.
   """
-  if hasattr(source, 'read_each'):
-    yield from source.read_each(indices, rngs)
+  groups = getattr(source, 'groups', None)
+  if groups:
+    rngs = [None] * len(indices) if rngs is None else rngs
+    indices = [groups.record(*each) for each in zip(indices, rngs, strict=True)]
+  yield from read_samples(source, indices)
+
+
+def read_samples(source: Source, numbers: Sequence[int]) -> Iterator[Record | BadRecord]:
+  """Each of these samples in turn, or why it is bad.
+
+  A source may have a method `read_samples(numbers)` of its own, which knows all that a batch needs
+  and can fetch it ahead. One whose records are groups must have it.
+  """
+  if hasattr(source, 'read_samples'):
+    yield from source.read_samples(numbers)
     return
-  for index in indices:
+  for number in numbers:
     try:
-      yield source[index]
+      yield source[number]
     except BadRecord as bad:
       yield bad
 

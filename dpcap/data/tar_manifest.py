@@ -6,6 +6,7 @@ wrote names a file of groups too, beside it: then N is their number.
 """
 
 import concurrent.futures
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ def write(
   used = [index for index in indexes if index.count]
   in_groups = {}
   if groups:
-    in_groups = {'groups': groups._asdict() | {'file': os.path.basename(groups.file)}}
+    more = {'file': os.path.basename(groups.file), 'of': _samples(used)}
+    in_groups = {'groups': groups._asdict() | more}
   content = {
     'format': _FORMAT,
     'examples': groups.count if groups else sum(index.count for index in used),
@@ -69,6 +71,12 @@ def _as_json(index: Index) -> dict[str, Any]:
 
 def _from_json(entry: dict[str, Any]) -> Index:
   return Index(**entry | {'labels': tuple(entry['labels']), 'counts': Counts(**entry['counts'])})
+
+
+def _samples(indexes: Sequence[Index]) -> str:
+  """A digest of what the numbers of samples stand for, in whatever folder the shards lie."""
+  shards = [(os.path.basename(index.shard), index.state) for index in indexes]
+  return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
 
 
 def read(file: str, wanted: Wanted | None = None) -> Manifest:
@@ -91,8 +99,11 @@ def read(file: str, wanted: Wanted | None = None) -> Manifest:
     counted = sum(index.count for index in indexes)
     groups = None
     if 'groups' in content:
-      name = os.path.join(os.path.dirname(file), content['groups']['file'])
-      groups = groups_lib.Groups(**content['groups'] | {'file': name})
+      entry = dict(content['groups'])
+      if entry.pop('of') != _samples(indexes):
+        raise ValueError('its groups are of other shards, or of these in another order')
+      name = os.path.join(os.path.dirname(file), entry['file'])
+      groups = groups_lib.Groups(**entry | {'file': name})
       if groups.records != counted:
         raise ValueError(f'it has groups of {groups.records} examples, its shards have {counted}')
       groups_lib.check(groups)

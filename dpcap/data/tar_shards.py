@@ -23,7 +23,7 @@ from dpcap.data import tar_manifest
 from dpcap.data.byte_ranges import Span, forget_open_files, read_spans, real_place
 from dpcap.data.contents import ImageFiles
 from dpcap.data.groups import Groups
-from dpcap.data.source import BadRecord, Record, check_label, parse_fields
+from dpcap.data.source import BadRecord, Record, check_label, parse_fields, read_each
 from dpcap.data.tar_headers import BLOCK
 from dpcap.data.tar_index import (
   THREADS,
@@ -203,41 +203,30 @@ class TarShards:
       StoreError: the storage failed. The record is not to blame: the run should stop, then replay
         the step.
     """
-    (record,) = self.read_each([index])
+    (record,) = read_each(self, [index])
     if isinstance(record, BadRecord):
       raise record
     return record
 
-  def read_each(
-    self, indices: Sequence[int], rngs: Sequence[np.random.Generator] | None = None
-  ) -> Iterator[Record | BadRecord]:
-    """The record of each index in turn, or why it is bad; reads ahead from remote shards.
-
-    Args:
-      indices: of records.
-      rngs: the generators that draw one sample of a group; None: its first.
+  def read_samples(self, numbers: Sequence[int]) -> Iterator[Record | BadRecord]:
+    """Samples by their numbers among all that the shards hold; reads ahead from remote shards.
 
     Raises:
       IndexError, StoreError: as `__getitem__`.
     """
-    rngs = [None] * len(indices) if rngs is None else rngs
-    rows = [self._spans(self._sample(*each)) for each in zip(indices, rngs, strict=True)]
+    rows = [self._spans(number) for number in numbers]
     contents = read_spans([span for row in rows for span in row if span])
     for row in rows:
       yield self._record(*[next(contents) if span else None for span in row])
 
-  def where(self, index: int) -> str:
-    """The shard that holds a record; the first sample of a group."""
-    return self._shards[bisect.bisect_right(self._ends, self._sample(index))]
-
-  def _sample(self, index: int, rng: np.random.Generator | None = None) -> int:
-    """The number of a record's sample among all that the shards hold."""
-    if not 0 <= index < len(self):
-      raise IndexError(f'index {index} out of range: the source holds {len(self)} records')
-    return self.groups.record(index, rng) if self.groups else index
+  def where(self, sample: int) -> str:
+    """The shard that holds the sample of that number."""
+    return self._shards[bisect.bisect_right(self._ends, sample)]
 
   def _spans(self, sample: int) -> list[Span | None]:
     """Where the image, the caption and the json of a sample lie; None: absent or not needed."""
+    if not 0 <= sample < self._ends[-1]:
+      raise IndexError(f'sample {sample} out of range: the shards hold {self._ends[-1]}')
     shard = bisect.bisect_right(self._ends, sample)
     row = load_table(*self._indexes[shard])[sample - (self._ends[shard - 1] if shard else 0)]
     needed = (True, not self._caption_field, bool(self._caption_field or self._label_key))

@@ -49,9 +49,18 @@ class NoisyGradients:
 
   Formal guarantee: what all calls return together, and all that is computed from it, the
   parameters among them, is (plan.epsilon(), plan.delta)-differentially private with respect to one
-  of the examples (zero-out adjacency), if the keys are secret and used for nothing else, and the
-  plan has noise. There are plan.steps calls and no more. `usable` and every example may differ
-  between neighbours, their number may not.
+  of the examples (zero-out adjacency), in real numbers (`clipped_sum` and `GaussianMechanism` say
+  what rounding does), if
+
+  - the plan has noise;
+  - the keys are secret and belong to this object alone. A second one with the same keys, also in a
+    process that was forked or begins again, repeats draws and noise: under other parameters, the
+    difference of two returns is that of two bare gradients;
+  - the parameters of each call are made from what calls before it returned, and else from nothing
+    private, and `loss_fn` knows no example but its own (no mean of them, no list of their words).
+
+  There are plan.steps calls and no more. A call that fails has used up its step. `usable` and every
+  example may differ between neighbours, their number may not.
 
   >>> gradients = NoisyGradients(plan, Keys.from_entropy(), loss_fn, examples)  # doctest: +SKIP
   >>> for _ in range(plan.steps):  # doctest: +SKIP
@@ -84,21 +93,31 @@ class NoisyGradients:
       clip_function, strategy: see `clipped_sum`.
 
     Raises:
-      ValueError: if there are not plan.dataset_size of them.
+      ValueError: if there are not plan.dataset_size of them, `usable` is no array of as many bools,
+        or physical_batch is below 1.
     """
-    lengths = {len(x) for x in jax.tree.leaves((examples, usable))}
-    if lengths != {plan.dataset_size}:
+    usable = np.ones(plan.dataset_size, bool) if usable is None else np.asarray(usable)
+    lengths = {np.shape(x)[:1] for x in jax.tree.leaves((examples, usable))}
+    if lengths != {(plan.dataset_size,)}:
       raise ValueError(
-        f'examples have leading axes of {sorted(lengths)}; plan.dataset_size is {plan.dataset_size}'
+        f'examples and usable have leading axes {sorted(lengths)}; plan.dataset_size is'
+        f' {plan.dataset_size}'
       )
+    if (usable.ndim, usable.dtype) != (1, bool):
+      raise ValueError(
+        f'usable is {usable.dtype} {usable.shape}; it must be bool ({plan.dataset_size},)'
+      )
+    if physical_batch < 1:
+      raise ValueError(f'physical_batch is {physical_batch}; it must be at least 1')
     self._plan = plan
     self._examples = examples
-    self._usable = np.ones(plan.dataset_size, bool) if usable is None else np.asarray(usable)
+    self._usable = usable
     self._physical_batch = physical_batch
     self._sampler, self._mechanism = plan.make_sampler(keys.sampling), plan.make_mechanism()
     self._noise_key = keys.noise_key()
     self._noise_state = None
-    self._step = 0
+    # Of an iterator no two threads get the same.
+    self._steps = iter(range(plan.steps))
 
     def add(total, params, examples, mask):
       found = gradient_sum(
@@ -118,15 +137,22 @@ class NoisyGradients:
     """The next step's: (clipped sum + noise) / expected batch size, at these parameters.
 
     Raises:
-      ValueError: if the plan has no step left.
+      ValueError: if the plan has no step left, or it is called inside of jit, vmap, scan or the
+        like, where one draw and its noise would serve many parameters.
     """
-    if self._step == self._plan.steps:
-      raise ValueError(f'all {self._step} steps of the plan were taken; it has no more')
+    total, size = clipping.running_sum(params), self._physical_batch
+    # Inside of jit the sum is traced even where the parameters are not.
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, total))):
+      raise ValueError(
+        'noisy gradients are asked for inside of a transformation of JAX (jit, vmap, scan, ...),'
+        ' which would repeat one draw and its noise under other parameters; call them outside'
+      )
     if self._noise_state is None:
       self._noise_state = self._mechanism.init(self._noise_key, 0, params)
     # Before anything is drawn: what fails on its way is a step that may have been seen.
-    step, self._step = self._step, self._step + 1
-    total, size = clipping.running_sum(params), self._physical_batch
+    step = next(self._steps, None)
+    if step is None:
+      raise ValueError(f'all {self._plan.steps} steps of the plan were taken; it has no more')
     drawn = self._sampler.draw(step)
     for start in range(0, len(drawn), size):
       index = np.resize(drawn[start : start + size], size)
@@ -135,3 +161,6 @@ class NoisyGradients:
       total = self._add(total, params, batch, mask)
     grads, self._noise_state = self._finish(self._noise_key, step, total, self._noise_state)
     return grads
+
+  def __reduce__(self):
+    raise TypeError('noisy gradients cannot be copied or pickled: a copy would repeat their noise')

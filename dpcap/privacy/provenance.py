@@ -84,7 +84,7 @@ def describe_start(start: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
 
   Args:
     start: of `make_start`, or an earlier entry.
-    own: the run's statement without it: 'private_given_init', 'data', 'epsilon', 'delta'.
+    own: the run's statement without it: 'private_given_init', 'data', 'epsilon', 'delta', 'unit'.
 
   Returns:
     `start` with 'covered' (whether all of it is known to have a guarantee, or to need none),
@@ -110,6 +110,12 @@ def describe_start(start: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str
         ' For who is in the data of both, guarantees add up (basic composition): together'
         f' {_guarantee(total)}.'
       )
+      others = [unit for unit in _units(start['statement']) if unit != own['unit']]
+      if others:
+        text += (
+          f' The unit was another there ({", ".join(others)}): the sum is for who is no more than'
+          ' one unit in each.'
+        )
     elif _own(own) is not None:
       text += ' For who is in the data of both no bound is known.'
   return {
@@ -176,6 +182,12 @@ def _chain(statement: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield statement
     init = statement.get('init')
     statement = init.get('statement') if isinstance(init, Mapping) else None
+
+
+def _units(statement: Mapping[str, Any]) -> list[str]:
+  """What the private runs of a chain protected one of, each once."""
+  private = (link for link in _chain(statement) if _own(link) != NOTHING)
+  return list(dict.fromkeys(link.get('unit', 'not recorded') for link in private))
 
 
 def _uncovered(statement: Mapping[str, Any]) -> Iterator[str]:

@@ -89,7 +89,7 @@ def make_statement(
     'epsilon': _bounds(plan, releases),
     'delta': plan.delta,
   }
-  init = None if start is None else describe_start(start, own)
+  init = None if start is None else describe_start(start, own | {'unit': f'one {unit}'})
   private = own['private_given_init'] and (init is None or init['composed'] is not None)
   statement = {
     'private': private,

@@ -10,7 +10,8 @@ which a record that was fine before now ends its process comes out in other bits
 A process of many finds those of its own rows, and writes a file of its own beside the keys. All
 processes start with what all files say, as the main one read it. What one of them finds later the
 others do not know until the next start; where such a record comes to their rows, they find it
-themselves. That costs time and changes no sum: it contributes zero there as well.
+themselves. That costs time and changes no sum: it contributes zero there as well. (Of a group of
+near duplicates it is one sample that is fatal, not the group, or that would not be so.)
 
 Which records are fatal follows from private data, so the files are as private as the keys.
 """

@@ -96,6 +96,7 @@ class _Run:
     plan: privacy.PrivacyPlan,
   ):
     self._config, self._workdir, self._source, self._plan = config, workdir, source, plan
+    self._groups = getattr(source, 'groups', None)
     self._tokenizer = build.make_tokenizer(config)
     processes.from_main(lambda: check_workdir(config, workdir))
     # Before the manager of checkpoints looks for the newest one.
@@ -254,12 +255,14 @@ class _Run:
     if fresh:
       self._store.renew(self.done, mark)
     else:
+      # Under other groups a step is of other units, also where they are as many.
+      of_groups = {'groups': self._groups.digest} if self._groups else {}
       try:
         self._store = privacy.KeyStore(
           secrets_directory(self._workdir),
           resume_step=self.done,
           mark=mark,
-          plan=dataclasses.asdict(self._plan),
+          plan=dataclasses.asdict(self._plan) | of_groups,
           seed=self._config.privacy.seed,
         )
       except ValueError as e:
@@ -427,7 +430,7 @@ class _Run:
 
   def statement(self) -> dict[str, Any]:
     """The privacy statement of the current state, on the main process."""
-    source, groups = self._config.data.source.name, getattr(self._source, 'groups', None)
+    source, groups = self._config.data.source.name, self._groups
     fields, not_covered = self._transform.fields, [groups.not_covered] if groups else []
     if 'tokens' in fields:
       tokenizer = f'{self._config.data.tokenizer} {self._config.data.vocabulary or ""}'.strip()

@@ -44,7 +44,8 @@ def test_words_of_the_statement(tmp_path):
   assert groups.unit('image') == 'group of near-duplicate images'
   kept = groups._replace(keep='one')
   assert kept.unit('image') == 'image' and 'not in N' in kept.not_covered
-  assert groups.not_covered != kept.not_covered
+  assert 'and so how many' in kept.not_covered
+  assert 'and so N: ' in groups.not_covered and 'can join two' in groups.not_covered
 
 
 def test_a_file_that_is_not_as_written_is_refused(tmp_path):
@@ -63,6 +64,11 @@ def test_a_file_that_is_not_as_written_is_refused(tmp_path):
   refused([0, 2, 3, 4, 0, 1, 2, 6], 'records after 6')
   refused([0, 2, 2, 4, 0, 1, 2, 3], 'other groups than 3')
   refused([0, 2, 3, 5, 0, 1, 2, 3], 'other groups than 3')
+  refused([0, 2, 3, 4, 0, 1, 2, 3], "keep is 'all', but .* was not written so")
+  for keep, other in (('all', 'one'), ('one', 'all')):
+    written = groups_lib.write(str(tmp_path / f'{keep}.json'), FIRSTS, keep)
+    with pytest.raises(ValueError, match=f"keep is '{other}', but"):
+      groups_lib.check(written._replace(keep=other))
   with open(groups.file, 'ab') as file:
     file.write(b'x')
   with pytest.raises(ValueError, match='changed after it was written'):

@@ -17,7 +17,7 @@ from dpcap.data import groups as groups_lib
 from dpcap.data import tar_index, tar_manifest, tar_shards
 from dpcap.data.byte_ranges import StoreError
 from dpcap.data.image import decode
-from dpcap.data.source import BadRecord, check_caption
+from dpcap.data.source import BadRecord, check_caption, read_each
 from dpcap.data.tar_shards import TarShards
 from dpcap.errors import UserError
 
@@ -289,7 +289,7 @@ def test_read_each_gives_records_and_bad_ones_in_turn(folder):
   try:
     source = TarShards('memory://bucket', caption_key='json:caption')
     order = [5, 0, 1, 3, 2, 0]
-    records = list(source.read_each(order))
+    records = list(read_each(source, order))
     for index, record in zip(order, records, strict=True):
       if index % 3 == 1:
         assert isinstance(record, BadRecord) and 'json' in str(record)
@@ -343,23 +343,24 @@ def test_a_group_of_samples_is_one_record(grouped):
   source = TarShards(grouped('all'))
   assert len(source) == 3 and 'N = 3 groups of near duplicates of 6 samples' in source.about
   assert captions(source) == [b'caption 0', b'caption 1', b'caption 3']
-  assert source.where(2).endswith('b.tar')
+  assert source.where(2).endswith('a.tar') and source.where(3).endswith('b.tar')
   seen = [set(), set(), set()]
   for seed in range(40):
     rngs = [np.random.default_rng([seed, i]) for i in range(3)]
-    for i, record in enumerate(pickle.loads(pickle.dumps(source)).read_each([0, 1, 2], rngs)):
+    for i, record in enumerate(read_each(pickle.loads(pickle.dumps(source)), range(3), rngs)):
       seen[i].add(int(record['caption'].split()[1]))
       assert record['image'] == jpeg(int(record['caption'].split()[1]))
   assert seen == [{0, 4}, {1, 2, 5}, {3}]
-  with pytest.raises(IndexError):
-    source[3]
+  for read in (lambda: source[3], lambda: list(read_each(source, [3]))):
+    with pytest.raises(IndexError):
+      read()
 
 
 def test_of_near_duplicates_one_is_kept(grouped):
   source = TarShards(grouped('one'))
   assert len(source) == 3 and 'N = 3 that were kept of 6 samples' in source.about
   for rngs in (None, [np.random.default_rng(i) for i in range(3)]):
-    read = [record['caption'] for record in source.read_each([0, 1, 2], rngs)]
+    read = [record['caption'] for record in read_each(source, [0, 1, 2], rngs)]
     assert read == [b'caption 0', b'caption 1', b'caption 3']
 
 
@@ -380,6 +381,14 @@ def test_groups_that_do_not_fit_are_refused(grouped, folder):
     manifest.write_text(json.dumps(changed))
     with pytest.raises(UserError, match=reason):
       TarShards(str(manifest))
+  for damaged in ('x', {}, 5):
+    manifest.write_text(json.dumps(content | {'groups': damaged}))
+    with pytest.raises(UserError, match='not a manifest'):
+      TarShards(str(manifest))
+  # The numbers of the samples would stand for others.
+  manifest.write_text(json.dumps(content | {'shards': content['shards'][::-1]}))
+  with pytest.raises(UserError, match='groups are of other shards, or of these in another order'):
+    TarShards(str(manifest))
   manifest.write_text(json.dumps(content))
   (folder / content['groups']['file']).unlink()
   with pytest.raises(UserError, match=r'all\.\w+\.npy cannot be read'):

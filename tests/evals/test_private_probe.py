@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from dpcap import privacy
-from dpcap.data.groups import Groups
+from dpcap.data import groups as groups_lib
 from dpcap.errors import UserError
 from dpcap.evals import private_probe
 from dpcap.evals.features import Labelled
@@ -103,8 +103,8 @@ def test_the_guarantee_is_that_of_what_was_done(subject, monkeypatch):
   assert results[0].n == 40 and 'n_train' not in results[0].details
 
 
-def test_groups_are_the_unit_of_the_probe_too(subject):
-  groups = Groups('', 200, 300, 'all')
+def test_groups_are_the_unit_of_the_probe_too(subject, tmp_path):
+  groups = groups_lib.write(str(tmp_path / 'all.json'), np.arange(200), 'all')
 
   def make_source(section):
     source = subject.make_source(section)

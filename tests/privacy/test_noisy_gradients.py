@@ -1,5 +1,8 @@
 """Noisy gradients of data in memory: who is drawn, clipped, left out; never a step too many."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,5 +86,49 @@ def test_other_numbers_than_the_plan_says_are_refused(length, usable):
 
 def test_a_longer_tree_is_checked_as_a_whole():
   trees = {'x': _examples(), 'y': jax.numpy.ones(3)}
-  with pytest.raises(ValueError, match=r'\[3, 50\]'):
+  with pytest.raises(ValueError, match=r'\[\(3,\), \(50,\)\]'):
     privacy.NoisyGradients(_plan(), privacy.Keys.from_seed(0), _loss, trees)
+
+
+@pytest.mark.parametrize(
+  'options, reason',
+  [
+    ({'usable': np.ones(_N, int)}, r'usable is int64 \(50,\)'),
+    ({'usable': np.ones((_N, 1), bool)}, r'usable is bool \(50, 1\)'),
+    ({'physical_batch': -8}, 'physical_batch is -8'),  # no batch at all: noise and nothing else
+    ({'physical_batch': 0}, 'physical_batch is 0'),
+  ],
+)
+def test_options_that_cannot_be_are_refused_before_a_step_is_taken(options, reason):
+  with pytest.raises(ValueError, match=reason):
+    privacy.NoisyGradients(_plan(), privacy.Keys.from_seed(0), _loss, _examples(), **options)
+
+
+def _row(gradients):
+  return lambda w: gradients({'w': w})['w']
+
+
+@pytest.mark.parametrize(
+  'inside',
+  [
+    lambda gradients: jax.jit(_row(gradients))(jnp.ones(3)),
+    lambda gradients: jax.jit(lambda: _row(gradients)(np.ones(3, np.float32)))(),
+    lambda gradients: jax.vmap(_row(gradients))(jnp.ones((2, 3))),
+    lambda gradients: jax.jvp(_row(gradients), (jnp.ones(3),), (jnp.ones(3),)),
+    lambda gradients: jax.lax.fori_loop(0, 2, lambda _, w: _row(gradients)(w), jnp.ones(3)),
+  ],
+  ids=['jit', 'jit of a constant', 'vmap', 'jvp', 'loop'],
+)
+def test_no_transformation_repeats_a_draw_and_its_noise(inside):
+  """Compiled once, a step would give one noise to all parameters; nor does that take a step."""
+  gradients = privacy.NoisyGradients(_plan(steps=1), privacy.Keys.from_seed(0), _loss, _examples())
+  with pytest.raises(ValueError, match='inside of a transformation'):
+    inside(gradients)
+  gradients({'w': jnp.ones(3)})
+
+
+@pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy, pickle.dumps])
+def test_there_is_no_copy_that_repeats_the_noise(copied):
+  gradients = privacy.NoisyGradients(_plan(), privacy.Keys.from_seed(0), _loss, _examples())
+  with pytest.raises(TypeError, match='would repeat their noise'):
+    copied(gradients)

@@ -79,6 +79,17 @@ def test_guarantees_of_two_private_runs_add_up():
   assert made['text'].startswith('Given the weights that it started from, this model is (epsilon')
 
 
+def test_a_sum_says_for_whom_it_is_where_units_differ():
+  """A group of nine in a run whose start saw nine pairs is nine units there: epsilons of nine."""
+  first, group = statement(), 'group of near-duplicate image-text pairs'
+  text = statement(start=first, unit=group)['text']
+  said = 'The unit was another there (one image-text pair): the sum is for who is no more than one'
+  assert said in text
+  for again in (statement(start=first), statement(start=statement(TEXTURES), unit=group)):
+    assert 'unit was another' not in again['text']
+  assert said in statement(start=statement(TEXTURES, start=first), unit=group)['text']
+
+
 def test_a_chain_adds_up_over_all_generations():
   """Generated, then private, generated, private: two runs touched data of people."""
   chain = statement(TEXTURES)

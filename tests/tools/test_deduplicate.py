@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from dpcap.data import tar_manifest
+from dpcap.data.source import read_each
 from dpcap.data.tar_shards import TarShards
 from tools import bench_duplicates, deduplicate, index_shards
 from tools.dedup_parts import near, pictures
@@ -183,7 +184,7 @@ def test_a_manifest_of_groups(manifest, capsys, tmp_path):
   drawn = set()
   for seed in range(20):
     rngs = [np.random.default_rng([seed, i]) for i in range(6)]
-    drawn.update(record['caption'].decode() for record in source.read_each(range(6), rngs))
+    drawn.update(record['caption'].decode() for record in read_each(source, range(6), rngs))
   assert drawn == {'a0', 'a1', 'a2', 'a3', 'b0', 'b1', 'b2', 'b3'}
   assert np.asarray(Image.open(sheet))[0, 0].tolist() == [250, 250, 245]
 
@@ -201,7 +202,7 @@ def test_one_of_each_group_is_kept_and_nothing_is_read_twice(manifest, capsys, m
   assert again['read'] == 0 and again['examples'] == summary['examples'] == 6
   source = TarShards(out)
   rngs = [np.random.default_rng(i) for i in range(6)]
-  read = [record['caption'].decode() for record in source.read_each(range(6), rngs)]
+  read = [record['caption'].decode() for record in read_each(source, range(6), rngs)]
   assert read == ['a0', 'a1', 'a2', 'a3', 'b1', 'b3']
 
 

@@ -292,3 +292,7 @@ def test_other_models_go_the_same_way(model, unit, evaluator, tmp_path, capfd):
   assert 0 <= result['value'] <= 1 and result['n'] > 10
   assert result['options'].get('layers') == evaluator.get('layers')
   assert 'warning' not in capfd.readouterr().err
+  if 'group' in unit:  # as many others in its place
+    assert write_manifest(tmp_path / 'shards', firsts=np.arange(48) % 24, keep='all') == path
+    with pytest.raises(UserError, match='this run has groups = .*, and now it is'):
+      loop.train(config, tmp_path / 'run')
