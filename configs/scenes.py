@@ -28,6 +28,8 @@ _SIZES = {'nano': 'micro', 'tiny': 'micro', 'small': 'demo', 'base': 'demo', 'la
 _PROBES = {
   'linear_probe': ('model', None),
   'all_blocks': ('model', 'all_blocks'),
+  'grid': ('model', 'grid'),
+  'untrained_grid': ('untrained', 'grid'),
   'untrained': ('untrained', None),
   'hog': ('hog', None),
   'pixels': ('pixels', None),

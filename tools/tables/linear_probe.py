@@ -12,24 +12,45 @@ _MODELS = (
   ('DP-Cap Large', 'dpcap:large', 0.658),
 )
 _ABSTRACT = 'DP-Cap Large and ViP on ImageNet-1K: Sander et al. 2024, abstract'
-_BASELINES = (('untrained encoder', 'untrained'), ('HOG', 'hog'), ('pixels', 'pixels'))
+_BASELINES = {'untrained encoder': 'untrained', 'HOG': 'hog', 'pixels': 'pixels'}
 
 
 def _rows(scale):
   rows, first = [], DATASETS[scale][0]
-  staged = lambda run: run if run.startswith('mae') else f'{run},{STAGE[scale]}'
   for dataset in DATASETS[scale]:
-    for name, run, paper in _MODELS:
-      known = dict(paper=paper, source=_ABSTRACT) if paper and dataset == first else {}
-      rows.append(Row(name, staged(run), f'{dataset}_linear_probe', dataset, **known))
-    # Probes of all blocks stand by themselves: they are not to be compared with the others.
-    for name, run, _ in _MODELS if dataset == first else ():
-      if scale != 'paper' or run.startswith(('vip', 'mae')):
-        rows.append(Row(name, staged(run), f'{dataset}_all_blocks', f'{dataset}, all blocks'))
+    rows += _models(scale, dataset, 'linear_probe', dataset)
+    if dataset == first:  # what ViP probes
+      rows += _models(scale, dataset, 'all_blocks', f'{dataset}, all blocks')
     # The paper's protocol probes augmented views, of the model only.
-    for name, features in _BASELINES if scale != 'paper' else ():
-      rows.append(Row(name, 'dpcap:base', f'{dataset}_{features}', dataset, trained=False))
+    if scale != 'paper':
+      rows += _baselines(dataset, dataset, _BASELINES)
+    # The mean over few patches loses where things are, which HOG and pixels keep.
+    if scale == 'cpu':
+      group = f'{dataset}, grid'
+      rows += _models(scale, dataset, 'grid', group)
+      rows += _baselines(dataset, group, _BASELINES | {'untrained encoder': 'untrained_grid'})
   return rows
+
+
+def _models(scale, dataset, evaluation, group):
+  """Rows of all models that have the evaluation; groups are never compared with each other."""
+  rows = []
+  for name, run, paper in _MODELS:
+    if scale == 'paper' and evaluation == 'all_blocks' and not run.startswith(('vip', 'mae')):
+      continue
+    words = run if run.startswith('mae') else f'{run},{STAGE[scale]}'
+    known = {}
+    if paper and group == DATASETS[scale][0]:
+      known = dict(paper=paper, source=_ABSTRACT)
+    rows.append(Row(name, words, f'{dataset}_{evaluation}', group, **known))
+  return rows
+
+
+def _baselines(dataset, group, evaluations):
+  return [
+    Row(name, 'dpcap:base', f'{dataset}_{evaluation}', group, trained=False)
+    for name, evaluation in evaluations.items()
+  ]
 
 
 def _findings(rows):
