@@ -238,7 +238,6 @@ def test_concepts_are_100_words():
 
 
 def test_resvg_draws_the_whole_icon_in_the_middle():
-  pytest.importorskip('resvg_py')
   # Twice as wide as high, and not at the origin: white above and below, all of it in between.
   wide = {'body': '<path d="M4 4h8v4H4z"/>', 'left': 4, 'top': 4, 'width': 8, 'height': 4}
   icons = {'icons': {'wide': wide, 'off': {'body': '<circle cx="99" cy="99" r="1"/>'}}}
